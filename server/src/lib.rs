@@ -1,0 +1,9 @@
+//! The d-engine server: Raft consensus, storage, the key-value state machine and the gRPC services.
+//!
+//! Dependencies point one way: `services` → [`engine`] → `consensus` and [`state_machine`] → [`storage`].
+//! What is absent is the architecture: only `consensus` names openraft, only `storage` names RocksDB, only
+//! `services` names tonic's server types, and the state machine reads no clock and awaits nothing.
+
+pub mod clock;
+pub mod storage;
+pub mod state_machine;
