@@ -1640,10 +1640,7 @@ pub struct HelloResponse {
 pub struct LogId {
     #[prost(uint64, tag = "1")]
     pub term: u64,
-    /// The leader that wrote it.
-    #[prost(uint32, tag = "2")]
-    pub node_id: u32,
-    #[prost(uint64, tag = "3")]
+    #[prost(uint64, tag = "2")]
     pub index: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -12,13 +12,12 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term};
 
-/// Where an entry stands in the log. Ordered as Raft compares logs: by term first, then by index.
+/// Where an entry stands in the log. Ordered as Raft compares logs: by term first, then by index. A term has at most
+/// one leader, so it also tells who wrote the entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LogPosition {
     /// Term of the leader that wrote the entry.
     pub term: Term,
-    /// The leader that wrote the entry.
-    pub leader: NodeId,
     /// Index of the entry.
     pub index: LogIndex,
 }
