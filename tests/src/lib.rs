@@ -1,1 +1,22 @@
+//! Test support on real processes: clusters of `d-engine` servers, faults done to them, and what judges the outcome.
+//!
+//! Everything here serves a test and therefore ends it with a panic that says what was expected. It must never be
+//! depended on by a product crate.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "test support: a failed step ends the test with a message"
+)]
 
+pub mod wait;
+
+pub mod cluster;
+pub mod direct;
+pub mod http;
+pub mod network;
+pub mod process;
+
+pub mod licences;
+pub mod tidy;

@@ -1,0 +1,41 @@
+# Everything a person runs, by one word each. `make demo` first, `make test` before a commit.
+#
+# RocksDB takes many minutes to compile, so all targets share one profile and one build directory outside the
+# checkout: a fresh clone on the same machine reuses it.
+
+CACHE_DIR := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/d-engine
+export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-demo demo test soak generate fmt lint build
+
+help: ## Shows this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## Installs what building and testing need and the machine lacks
+	@scripts/setup test
+
+setup-demo:
+	@scripts/setup demo
+
+demo: setup-demo build ## Starts three servers, loads real data, kills the leader, checks every promise
+	@$(CARGO_TARGET_DIR)/debug/d-engine-demo
+
+build: ## Builds everything
+	@cargo build --workspace --bins
+
+test: ## Runs every check; changes nothing in the tree
+	@scripts/test
+
+soak: ## Runs the fault test for an hour; DURATION=600 and SEED=... choose otherwise
+	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED))
+
+generate: ## Regenerates checked-in code from proto/
+	@cargo run --quiet -p d-engine-proto-generate
+
+fmt: ## Formats the sources
+	@cargo fmt --all
+	@gofmt -w tests/linearizability
+
+lint: ## Runs clippy as the tests do
+	@cargo clippy --workspace --all-targets -- -D warnings

@@ -1,0 +1,332 @@
+//! A cluster of real server processes in directories of its own.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::direct::DirectNode;
+use crate::network::{End, PrivateNetwork};
+use crate::process::{Process, bound_to_this_thread, d_engine};
+use crate::{http, wait};
+
+/// Clusters of one test program run one after the other: their timing matters more than the test's duration.
+static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| Arc::new(Semaphore::new(1)));
+
+const GRPC_PORT: u16 = 9080;
+const HTTP_PORT: u16 = 9180;
+
+/// What a cluster is made of.
+#[derive(Debug)]
+pub struct Shape {
+    /// Number of nodes, all voters, with ids from 1.
+    pub nodes: u32,
+    /// TOML added to the end of every node's configuration.
+    pub extra: String,
+    /// A network in which links can be cut; without it the nodes share a loopback address.
+    pub network: Option<PrivateNetwork>,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { nodes: 3, extra: String::new(), network: None }
+    }
+}
+
+/// A cluster. When the test fails, its directory is kept and named.
+#[derive(Debug)]
+pub struct Cluster {
+    nodes: Vec<Node>,
+    network: Option<PrivateNetwork>,
+    directory: Option<TempDir>,
+    _turn: OwnedSemaphorePermit,
+}
+
+impl Cluster {
+    /// Starts a cluster of `nodes` voters on loopback and waits until each is ready.
+    pub async fn start(nodes: u32) -> Self {
+        let mut cluster = Self::prepare(Shape { nodes, ..Shape::default() }).await;
+        cluster.start_all().await;
+        cluster
+    }
+
+    /// Writes the configurations; starts nothing yet.
+    pub async fn prepare(shape: Shape) -> Self {
+        let turn = Arc::clone(&TURN).acquire_owned().await.expect("never closed");
+        let directory = tempfile::Builder::new().prefix("d-engine-test-").tempdir().expect("a temporary directory");
+        let loopback = if shape.network.is_some() { Ipv4Addr::LOCALHOST } else { free_loopback(shape.nodes) };
+        let ids = 1..=shape.nodes;
+        let mut nodes: Vec<Node> = ids
+            .map(|id| {
+                let (ip, port) = match shape.network {
+                    Some(_) => (End::Node(id).address(), 0),
+                    None => (loopback, id as u16),
+                };
+                let directory = directory.path().join(format!("n{id}"));
+                std::fs::create_dir(&directory).expect("an empty temporary directory");
+                Node {
+                    id,
+                    address: SocketAddr::from((ip, GRPC_PORT + port)),
+                    http_address: SocketAddr::from((ip, HTTP_PORT + port)),
+                    directory,
+                    in_namespace: shape.network.is_some(),
+                    process: None,
+                }
+            })
+            .collect();
+        let members: Vec<(u32, SocketAddr)> = nodes.iter().map(|node| (node.id, node.address)).collect();
+        for node in &mut nodes {
+            node.write_config(&members, &shape.extra);
+        }
+        Self { nodes, network: shape.network, directory: Some(directory), _turn: turn }
+    }
+
+    /// Starts every node that does not run and waits until all are ready.
+    pub async fn start_all(&mut self) {
+        for node in self.nodes.iter_mut().filter(|node| node.process.is_none()) {
+            node.start();
+        }
+        for node in &mut self.nodes {
+            node.ready().await;
+        }
+    }
+
+    /// The nodes, by ascending id.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node of this id.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn node(&self, id: u32) -> &Node {
+        self.nodes.iter().find(|node| node.id == id).expect("a node of the cluster")
+    }
+
+    /// The node of this id, to do something to it.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn node_mut(&mut self, id: u32) -> &mut Node {
+        self.nodes.iter_mut().find(|node| node.id == id).expect("a node of the cluster")
+    }
+
+    /// The network whose links can be cut, if the cluster has one.
+    #[must_use]
+    pub fn network(&self) -> Option<&PrivateNetwork> {
+        self.network.as_ref()
+    }
+
+    /// Where clients reach the nodes, as `http://host:port`.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| format!("http://{}", node.address)).collect()
+    }
+
+    /// Where the cluster keeps its files.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.as_ref().expect("kept until dropped").path()
+    }
+
+    /// The node that is leader, once there is one among those that run and are not listed in `except`.
+    pub async fn leader(&self, except: &[u32]) -> u32 {
+        wait::until("a leader", wait::PATIENCE, || self.leader_now(except)).await
+    }
+
+    /// The node that says it is leader now.
+    pub async fn leader_now(&self, except: &[u32]) -> Option<u32> {
+        for node in &self.nodes {
+            if node.process.is_some() && !except.contains(&node.id) {
+                if let Ok((200, _)) = http::get(node.http_address, "/primary").await {
+                    return Some(node.id);
+                }
+            }
+        }
+        None
+    }
+
+    /// Keeps the directory after the test, and names it.
+    pub fn keep(&mut self) -> PathBuf {
+        let directory = self.directory.take().expect("kept until dropped").keep();
+        println!("the cluster's files are kept in {}", directory.display());
+        directory
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() && self.directory.is_some() {
+            self.keep();
+        }
+    }
+}
+
+/// A node: its files, and its process while it runs.
+#[derive(Debug)]
+pub struct Node {
+    /// Its id in the cluster.
+    pub id: u32,
+    /// Where clients and peers reach it.
+    pub address: SocketAddr,
+    /// Where it answers HTTP.
+    pub http_address: SocketAddr,
+    directory: PathBuf,
+    in_namespace: bool,
+    process: Option<Process>,
+}
+
+impl Node {
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("config.toml")
+    }
+
+    /// Its data directory.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.directory.join("data")
+    }
+
+    /// Everything the node has printed in all its runs.
+    #[must_use]
+    pub fn output(&self) -> String {
+        let bytes = std::fs::read(self.log()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.join("output.log")
+    }
+
+    /// Writes its configuration with these members and `extra` TOML at the end.
+    ///
+    /// # Panics
+    /// When the file cannot be written.
+    pub fn write_config(&self, members: &[(u32, SocketAddr)], extra: &str) {
+        let members: Vec<String> =
+            members.iter().map(|(id, address)| format!("    {{ id = {id}, address = \"{address}\" }},")).collect();
+        let text = format!(
+            "[cluster]\n\
+             node_id = {id}\n\
+             listen_address = \"{address}\"\n\
+             initial_cluster = [\n{members}\n]\n\
+             db_root_dir = \"{data}\"\n\
+             \n\
+             [monitoring]\n\
+             listen_address = \"{http}\"\n\
+             \n{extra}\n",
+            id = self.id,
+            address = self.address,
+            members = members.join("\n"),
+            data = self.data().display(),
+            http = self.http_address,
+        );
+        std::fs::write(self.config(), text).expect("the configuration can be written");
+    }
+
+    /// Starts the process; does not wait for it.
+    ///
+    /// # Panics
+    /// When it runs already or cannot be started.
+    pub fn start(&mut self) {
+        assert!(self.process.is_none(), "node {} runs already", self.id);
+        let mut command = if self.in_namespace {
+            let mut command = PrivateNetwork::command(self.id);
+            command.args(["setpriv", "--pdeathsig", "KILL"]).arg(d_engine());
+            command
+        } else {
+            bound_to_this_thread(&d_engine())
+        };
+        command.args(["server", "--config"]).arg(self.config()).env("RUST_BACKTRACE", "1");
+        self.process = Some(Process::start(command, &self.log()));
+    }
+
+    /// Waits until it answers that it serves.
+    ///
+    /// # Panics
+    /// When it ends instead, with its last lines, or does not become ready.
+    pub async fn ready(&mut self) {
+        let address = self.http_address;
+        let what = format!("node {} to be ready at {address}, see {}", self.id, self.log().display());
+        let process = self.process.as_mut().expect("the node was started");
+        wait::until(&what, wait::PATIENCE, || {
+            if let Some(status) = process.ended() {
+                panic!("the node ended with {status}:\n{}", last_lines(&process.output()));
+            }
+            async move { matches!(http::get(address, "/ready").await, Ok((200, _))).then_some(()) }
+        })
+        .await;
+    }
+
+    /// Its process.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn process(&mut self) -> &mut Process {
+        self.process.as_mut().unwrap_or_else(|| panic!("node {} does not run", self.id))
+    }
+
+    /// Whether it was started and neither killed nor stopped since.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.process().kill();
+        self.process = None;
+    }
+
+    /// SIGTERM, and waits for the end.
+    ///
+    /// # Panics
+    /// When it does not end well.
+    pub async fn stop(&mut self) {
+        let status = self.process().stop(wait::PATIENCE).await;
+        self.process = None;
+        assert!(status.success(), "node {} ended with {status}:\n{}", self.id, last_lines(&self.output()));
+    }
+
+    /// Waits for it to end by itself, as after a bad start; returns whether it reported success, and its output.
+    pub async fn exit(&mut self) -> (bool, String) {
+        let status = self.process().exit(wait::PATIENCE).await;
+        self.process = None;
+        (status.success(), self.output())
+    }
+
+    /// A connection to this node alone.
+    #[must_use]
+    pub fn direct(&self, deadline: Duration) -> DirectNode {
+        DirectNode::new(self.address, deadline)
+    }
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+/// A loopback address of which the ports of a cluster are free. The whole of 127.0.0.0/8 is ours on Linux, and
+/// nobody else gets a port there by chance.
+fn free_loopback(nodes: u32) -> Ipv4Addr {
+    let process = std::process::id();
+    (0..=u8::MAX)
+        .map(|attempt| Ipv4Addr::new(127, 100 + attempt % 100, (process >> 8) as u8, (process as u8).max(1)))
+        .find(|ip| {
+            (1..=nodes as u16)
+                .all(|node| [GRPC_PORT, HTTP_PORT].iter().all(|base| TcpListener::bind((*ip, base + node)).is_ok()))
+        })
+        .expect("a free loopback address")
+}

@@ -1,0 +1,67 @@
+//! One node, asked directly: no routing, no retry, no discovery. For tests that must know who answers.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use d_engine_proto::v1::{
+    Consistency, GetRequest, GetResponse, PutRequest, PutResponse, ReadOptions, StatusRequest, StatusResponse,
+    cluster_client::ClusterClient, kv_client::KvClient,
+};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+/// A connection to one node. Every call has a deadline.
+#[derive(Clone, Debug)]
+pub struct DirectNode {
+    channel: Channel,
+    deadline: Duration,
+}
+
+impl DirectNode {
+    /// Connects with the first call; each call may take as long as `deadline`.
+    #[must_use]
+    pub fn new(address: SocketAddr, deadline: Duration) -> Self {
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a socket address makes a URL");
+        Self { channel: endpoint.connect_timeout(deadline).connect_lazy(), deadline }
+    }
+
+    /// Writes one key.
+    ///
+    /// # Errors
+    /// The status, as it came.
+    pub async fn put(&self, key: &str, value: &str) -> Result<PutResponse, Status> {
+        let request = PutRequest {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            value: Bytes::copy_from_slice(value.as_bytes()),
+            ..PutRequest::default()
+        };
+        Ok(KvClient::new(self.channel.clone()).put(self.timed(request)).await?.into_inner())
+    }
+
+    /// Reads one key.
+    ///
+    /// # Errors
+    /// The status, as it came.
+    pub async fn get(&self, key: &str, consistency: Consistency, min_revision: u64) -> Result<GetResponse, Status> {
+        let request = GetRequest {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            read: Some(ReadOptions { consistency: consistency as i32, min_revision, revision: 0 }),
+        };
+        Ok(KvClient::new(self.channel.clone()).get(self.timed(request)).await?.into_inner())
+    }
+
+    /// The state of the node.
+    ///
+    /// # Errors
+    /// The status, as it came.
+    pub async fn status(&self) -> Result<StatusResponse, Status> {
+        Ok(ClusterClient::new(self.channel.clone()).status(self.timed(StatusRequest {})).await?.into_inner())
+    }
+
+    fn timed<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.set_timeout(self.deadline);
+        request
+    }
+}
