@@ -1579,6 +1579,33 @@ pub struct CommandError {
     #[prost(string, tag = "2")]
     pub message: ::prost::alloc::string::String,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StoredMembership {
+    /// One voter set; two while a change is under way (joint consensus).
+    #[prost(message, repeated, tag = "1")]
+    pub voter_sets: ::prost::alloc::vec::Vec<VoterSet>,
+    /// Every member, voter or not.
+    #[prost(message, repeated, tag = "2")]
+    pub members: ::prost::alloc::vec::Vec<StoredMember>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VoterSet {
+    #[prost(uint32, repeated, tag = "1")]
+    pub ids: ::prost::alloc::vec::Vec<u32>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StoredMember {
+    #[prost(uint32, tag = "1")]
+    pub id: u32,
+    #[prost(string, tag = "2")]
+    pub peer_address: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub client_address: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub application_address: ::prost::alloc::string::String,
+    #[prost(fixed64, tag = "5")]
+    pub incarnation: u64,
+}
 /// Who speaks and who is meant. A node refuses what is not meant for it, so that a disk lost, a directory swapped
 /// or an address reused can never vote or acknowledge under a name that is not its own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

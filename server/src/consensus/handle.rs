@@ -1,0 +1,445 @@
+//! The facade: starts a Raft node and is all that the rest of the server sees of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use d_engine_proto::{LogIndex, NodeId, Term, v1};
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::{SnapshotPolicy, StepDownPolicy};
+use tokio::sync::watch;
+
+use super::applier::Applier;
+use super::formation::{Formation, MembershipRefused};
+use super::leadership::{Applied, LeaderInfo, Leadership, Monitor, Role};
+use super::log::Log;
+use super::member::Membership;
+use super::network::{LocalIdentity, Peers};
+use super::peer_service::{self, PeerService, Quarantine};
+use super::proposer::{ProposeError, Proposer};
+use super::raft_types::{Raft, StoredMembership};
+use super::read_index::{ReadIndex, ReadIndexError};
+use crate::clock::Moment;
+use crate::limits::ENTRIES_IN_FLIGHT_MAX;
+use crate::metrics::Metrics;
+use crate::state_machine::StateMachine;
+use crate::storage::{Durability, Identity, StorageEngine, StorageError, StorageOperation, StorageState};
+
+/// The times Raft runs by. The configuration has checked how they relate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timings {
+    /// How long a quorum's acknowledgement lets the leader answer reads from memory.
+    pub lease: Duration,
+    /// Shortest time without a leader before a campaign.
+    pub election_min: Duration,
+    /// Longest such time; also how long a voter grants no vote after it heard a leader.
+    pub election_max: Duration,
+    /// Pause between two heartbeats.
+    pub heartbeat: Duration,
+}
+
+/// What a Raft node needs to know to start.
+#[derive(Clone, Debug)]
+pub struct ConsensusConfig {
+    /// This node.
+    pub node_id: NodeId,
+    /// The members a fresh cluster is formed of, this node included.
+    pub initial_cluster: Vec<v1::InitialMember>,
+    /// Where clients reach this node.
+    pub client_address: String,
+    /// Free address of the embedding application; may be empty.
+    pub application_address: String,
+    /// The times Raft runs by.
+    pub timings: Timings,
+    /// Bytes of proposals that may wait for their answer.
+    pub pending_bytes_max: usize,
+}
+
+/// Why a node does not start, or had to stop.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StartError {
+    /// The directory belongs to another node.
+    #[error("the data directory belongs to node {found}, the configuration says node {expected}: correct one of them")]
+    OtherNodesDirectory {
+        /// The configured node.
+        expected: NodeId,
+        /// The directory's node.
+        found: NodeId,
+    },
+    /// The directory cannot be used, or the disk failed.
+    #[error(transparent)]
+    Storage(#[from] Arc<StorageError>),
+    /// The cluster does not know this node.
+    #[error(transparent)]
+    Refused(#[from] MembershipRefused),
+    /// openraft refused, or ended with an error.
+    #[error("consensus stopped: {0}")]
+    Raft(String),
+}
+
+/// Positions of a node in its log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RaftProgress {
+    /// Current term.
+    pub term: Term,
+    /// Last entry in the log; 0: none.
+    pub last_log: LogIndex,
+    /// Last entry known to be committed.
+    pub committed: LogIndex,
+    /// Last entry applied.
+    pub applied: LogIndex,
+}
+
+/// A running Raft node. Clones share it.
+#[derive(Clone)]
+pub struct Consensus {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    raft: Raft,
+    log: Log,
+    local: Arc<LocalIdentity>,
+    leadership: Arc<Leadership>,
+    proposer: Proposer,
+    read_index: Arc<ReadIndex>,
+    state_machine: Arc<dyn StateMachine>,
+    applied: watch::Receiver<Applied>,
+    failure: watch::Receiver<Option<StartError>>,
+    timings: Timings,
+}
+
+impl Consensus {
+    /// Starts a node over an opened storage engine and state machine. Returns it with the service its peers talk to;
+    /// it takes part as soon as that is served.
+    ///
+    /// # Errors
+    /// When the directory is another node's, or cannot be read or written.
+    pub async fn start(
+        config: ConsensusConfig,
+        engine: Arc<dyn StorageEngine>,
+        state_machine: Arc<dyn StateMachine>,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, peer_service::Server), StartError> {
+        let state = engine.state().map_err(Arc::new)?;
+        let identity = claim_directory(&*engine, &state, config.node_id)?;
+        let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
+        let log = Log::start(engine, &state, metrics.clone()).map_err(|error| StartError::Raft(error.to_string()))?;
+        let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
+        let peers = Peers::new(local.clone(), stall);
+
+        let recovered = state_machine.applied();
+        let (applied_sender, applied) =
+            watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
+        let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
+        let raft_config = Arc::new(raft_config(&config.timings)?);
+        let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier)
+            .await
+            .map_err(|error| StartError::Raft(error.to_string()))?;
+
+        let quarantine = begin_quarantine(&raft, &state, &config.timings).await?;
+        let leadership = Arc::new(Leadership::new());
+        let monitor = Monitor {
+            raft: raft.clone(),
+            leadership: leadership.clone(),
+            applied: applied.clone(),
+            timings: config.timings,
+            metrics: metrics.clone(),
+        };
+        let monitoring = tokio::spawn(monitor.run());
+        let read_index = Arc::new(ReadIndex::start(raft.clone(), peers.clone()));
+        let mut initial_cluster = config.initial_cluster;
+        initial_cluster.sort_by_key(|member| member.id);
+        let formation = Arc::new(Formation {
+            local: local.clone(),
+            initial_cluster,
+            client_address: config.client_address,
+            application_address: config.application_address,
+        });
+        let service = PeerService {
+            raft: raft.clone(),
+            log: log.clone(),
+            local: local.clone(),
+            leadership: leadership.clone(),
+            read_index: read_index.clone(),
+            formation: formation.clone(),
+            quarantine,
+        };
+        let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max);
+        let failure = watch_for_failure(&raft, &log, formation, peers, monitoring);
+        let inner = Inner {
+            raft,
+            log,
+            local,
+            leadership,
+            proposer,
+            read_index,
+            state_machine,
+            applied,
+            failure,
+            timings: config.timings,
+        };
+        Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service))))
+    }
+
+    /// Proposes a command and waits for the state machine's answer. Dropping the future does not withdraw it.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]; each tells whether the command can still take effect.
+    pub async fn propose(&self, command: Bytes) -> Result<Bytes, ProposeError> {
+        self.inner.proposer.propose(command)?.await.unwrap_or(Err(ProposeError::Stopped))
+    }
+
+    /// Bytes of proposals that wait for their answer.
+    #[must_use]
+    pub fn pending_bytes(&self) -> usize {
+        self.inner.proposer.pending_bytes()
+    }
+
+    /// Confirms with a quorum who leads, and waits until everything committed by then is applied here. A read of the
+    /// state machine's memory after it is linearizable; no clock is involved. Works on any member.
+    ///
+    /// # Errors
+    /// When no leader can be confirmed.
+    pub async fn confirm_read(&self) -> Result<(), ReadIndexError> {
+        let index = self.inner.read_index.anywhere().await?;
+        self.wait_applied(index).await
+    }
+
+    async fn wait_applied(&self, index: LogIndex) -> Result<(), ReadIndexError> {
+        let mut applied = self.inner.applied.clone();
+        let reached = |applied: &Applied| applied.position.is_some_and(|position| position.index >= index);
+        match applied.wait_for(reached).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(ReadIndexError::Unconfirmed { reason: "the node is stopping".into() }),
+        }
+    }
+
+    /// Whether this node leads and its lease is valid at this very moment.
+    #[must_use]
+    pub fn is_leader(&self) -> bool {
+        self.inner.leadership.lease_is_valid()
+    }
+
+    /// The leader, once the first entry of its reign is applied here; `None` while none is known or trusted.
+    #[must_use]
+    pub fn leader(&self) -> Option<LeaderInfo> {
+        // What was published last may have ended since.
+        self.inner.leadership.info().filter(|info| info.leader_id != self.inner.local.node_id || self.is_leader())
+    }
+
+    /// Follows [`leader`](Self::leader): the latest state is always delivered.
+    #[must_use]
+    pub fn leader_changes(&self) -> watch::Receiver<Option<LeaderInfo>> {
+        self.inner.leadership.subscribe()
+    }
+
+    /// What this node is doing.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.inner.leadership.role()
+    }
+
+    /// This node.
+    #[must_use]
+    pub fn node_id(&self) -> NodeId {
+        self.inner.local.node_id.into()
+    }
+
+    /// The cluster; `None` until it is formed or joined.
+    #[must_use]
+    pub fn cluster_id(&self) -> Option<u64> {
+        self.inner.local.cluster_id()
+    }
+
+    /// The current term, as far as published.
+    #[must_use]
+    pub fn term(&self) -> Term {
+        self.inner.leadership.term()
+    }
+
+    /// The members as this node knows them.
+    #[must_use]
+    pub fn membership(&self) -> Membership {
+        let membership = self.inner.raft.metrics().borrow_watched().membership_config.clone();
+        plain_membership(&membership)
+    }
+
+    /// Positions in the log.
+    #[must_use]
+    pub fn progress(&self) -> RaftProgress {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let index = |id: &Option<super::raft_types::LogId>| LogIndex(id.as_ref().map_or(0, |id| id.index()));
+        RaftProgress {
+            term: Term(metrics.current_term),
+            last_log: LogIndex(metrics.last_log_index.unwrap_or(0)),
+            committed: index(&metrics.local_committed),
+            applied: index(&metrics.last_applied),
+        }
+    }
+
+    /// Why the node cannot go on; `None` while it can. The first reason stays.
+    #[must_use]
+    pub fn failure(&self) -> watch::Receiver<Option<StartError>> {
+        self.inner.failure.clone()
+    }
+
+    /// Hands leadership to another voter, the most up-to-date one, and waits until it is taken or `patience` is
+    /// over. Does nothing on a node that does not lead or has nobody to hand it to.
+    ///
+    /// The read lease is gone before the successor is asked, and stays gone for the rest of the term, also when the
+    /// transfer comes to nothing: nobody can tell whether the successor's campaign is still under way.
+    pub async fn transfer_leadership(&self, patience: Duration) {
+        let Some((term, successor)) = self.successor() else { return };
+        tracing::info!(successor, "handing over leadership");
+        self.inner.leadership.renounce(term);
+        if let Err(error) = self.inner.raft.trigger().transfer_leader(successor).await {
+            tracing::warn!(%error, "leadership cannot be handed over");
+            return;
+        }
+        let mut metrics = self.inner.raft.server_metrics();
+        let handed_over = async {
+            while metrics.borrow_watched().current_leader == Some(self.inner.local.node_id) {
+                if WatchReceiver::changed(&mut metrics).await.is_err() {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(patience, handed_over).await.is_err() {
+            tracing::warn!(successor, "the successor did not take over in time");
+        }
+    }
+
+    fn successor(&self) -> Option<(u64, u32)> {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let replication = metrics.replication.as_ref()?;
+        let voters = metrics.membership_config.membership().voter_ids();
+        let candidates = voters.filter(|id| *id != metrics.id);
+        let best =
+            candidates.max_by_key(|id| replication.get(id).and_then(|matched| matched.as_ref().map(|m| m.index())))?;
+        Some((metrics.current_term, best))
+    }
+
+    /// Stops: hands leadership over, ends every task, and makes the state machine durable. Idempotent.
+    pub async fn stop(&self) {
+        self.transfer_leadership(4 * self.inner.timings.election_max).await;
+        if let Err(error) = self.inner.raft.shutdown().await {
+            tracing::warn!(%error, "consensus ended abnormally");
+        }
+        self.inner.log.stop().await;
+        let state_machine = self.inner.state_machine.clone();
+        match tokio::task::spawn_blocking(move || state_machine.flush()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the state machine cannot be made durable; the log will replay"),
+            Err(error) => tracing::error!(%error, "flushing the state machine panicked"),
+        }
+    }
+}
+
+/// Checks that the directory is this node's; a fresh one is given an incarnation before anything else happens.
+fn claim_directory(engine: &dyn StorageEngine, state: &StorageState, node_id: NodeId) -> Result<Identity, StartError> {
+    match state.identity {
+        Some(identity) if identity.node_id == node_id => Ok(identity),
+        Some(identity) => Err(StartError::OtherNodesDirectory { expected: node_id, found: identity.node_id }),
+        None => {
+            let identity = Identity { node_id, incarnation: fastrand::u64(1..), cluster_id: None };
+            engine.write(&[StorageOperation::SaveIdentity(identity)], Durability::Fsync).map_err(Arc::new)?;
+            Ok(identity)
+        }
+    }
+}
+
+fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
+    let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let config = openraft::Config {
+        cluster_name: "d-engine".into(),
+        heartbeat_interval: milliseconds(timings.heartbeat),
+        election_timeout_min: milliseconds(timings.election_min),
+        election_timeout_max: milliseconds(timings.election_max),
+        max_payload_entries: ENTRIES_IN_FLIGHT_MAX as u64,
+        snapshot_policy: SnapshotPolicy::Never,
+        // The removed leader's step-down is ours to drive, together with its read lease.
+        removed_leader_step_down: StepDownPolicy::Never,
+        quorum_loss_probe_interval: Some(3 * milliseconds(timings.election_max)),
+        enable_pre_vote: Some(true),
+        // Until `begin_quarantine` knows whether it may.
+        enable_elect: false,
+        // A restarted leader may hand out a (term, index) that its followers already hold.
+        enable_leader_restore: Some(false),
+        backoff: "10ms 20ms 40ms ...200ms".into(),
+        ..openraft::Config::default()
+    };
+    config.validate().map_err(|error| StartError::Raft(error.to_string()))
+}
+
+/// See `peer_service`. Ends by itself; until then this node neither votes nor campaigns.
+async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings) -> Result<Quarantine, StartError> {
+    let never_promised = state.vote.is_none() && state.last.is_none() && state.purged.is_none();
+    let voters = raft
+        .with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<_>>())
+        .await
+        .map_err(|error| StartError::Raft(error.to_string()))?;
+    if never_promised || voters == [*raft.node_id()] {
+        raft.runtime_config().elect(true);
+        return Ok(Quarantine::NONE);
+    }
+    // The margin covers the clocks' drift and the ticks by which timers are late.
+    let span = timings.election_max + timings.heartbeat;
+    let raft = raft.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(span).await;
+        raft.runtime_config().elect(true);
+    });
+    Ok(Quarantine::until(Moment::now() + span))
+}
+
+/// Gathers whatever makes going on impossible into one place.
+fn watch_for_failure(
+    raft: &Raft,
+    log: &Log,
+    formation: Arc<Formation>,
+    peers: Peers,
+    monitoring: tokio::task::JoinHandle<()>,
+) -> watch::Receiver<Option<StartError>> {
+    let (sender, failure) = watch::channel(None);
+    let mut fault = log.fault();
+    let forming = {
+        let (raft, log) = (raft.clone(), log.clone());
+        async move {
+            match formation.run(raft, log, peers).await {
+                Err(refused) => StartError::Refused(refused),
+                Ok(()) => std::future::pending().await,
+            }
+        }
+    };
+    let raft = raft.clone();
+    tokio::spawn(async move {
+        let broken_disk = async {
+            match fault.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone()) {
+                Some(error) => StartError::Storage(error),
+                None => std::future::pending().await,
+            }
+        };
+        let ended = async {
+            let _ = monitoring.await;
+            let state = raft.metrics().borrow_watched().running_state.clone();
+            StartError::Raft(state.err().map_or_else(|| "its monitor ended".to_owned(), |error| error.to_string()))
+        };
+        let reason = tokio::select! {
+            reason = forming => reason,
+            reason = broken_disk => reason,
+            reason = ended => reason,
+        };
+        sender.send_replace(Some(reason));
+        sender.closed().await;
+    });
+    failure
+}
+
+fn plain_membership(stored: &StoredMembership) -> Membership {
+    let voters: std::collections::BTreeSet<u32> = stored.voter_ids().collect();
+    let members = stored.nodes().map(|(id, member)| (NodeId(*id), (member.clone(), voters.contains(id)))).collect();
+    Membership { members }
+}

@@ -1,0 +1,283 @@
+//! Who leads, and for how long that may be believed.
+//!
+//! The read lease runs from the *send* time of the last append a quorum acknowledged. A voter that acknowledges one
+//! grants no other vote for `election_timeout_max`, and the configuration keeps the lease shorter than that by more
+//! than clocks may drift apart (Raft dissertation, section 6.4.1).
+//!
+//! The lease stays zero until the first entry of the reign is applied here: before that, memory may lack writes that
+//! an earlier leader acknowledged. It is zero for the rest of a reign whose transfer was asked for: the successor is
+//! elected without waiting for it.
+//!
+//! ```text
+//! leader A                        voter B                        A without the first rule of transfers
+//! ask B to take over, lease kept  campaign, elected in T+1       "lease valid": answers a read from T
+//!                                 acknowledges a write in T+1    stale
+//! ```
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use d_engine_proto::Term;
+use openraft::ServerState;
+use openraft::async_runtime::watch::WatchReceiver;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::handle::Timings;
+use super::raft_types::Raft;
+use crate::clock::Moment;
+use crate::metrics::Metrics;
+use crate::state_machine::StoreTime;
+use crate::storage::LogPosition;
+
+/// The leader of a reign. Every reign has its own term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LeaderInfo {
+    /// The leading node.
+    pub leader_id: u32,
+    /// Its term.
+    pub term: u64,
+}
+
+/// What a node is doing in Raft's eyes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Replicates, without a vote.
+    Learner,
+    /// Replicates and votes.
+    Follower,
+    /// Campaigns.
+    Candidate,
+    /// Leads, with or without a valid lease.
+    Leader,
+}
+
+/// Lease, leader and store clock of this node, kept true by [`Monitor`].
+pub(super) struct Leadership {
+    info: watch::Sender<Option<LeaderInfo>>,
+    role: AtomicU8,
+    term: AtomicU64,
+    /// End of the read lease as nanoseconds of [`Moment`]; 0: none. Read without a lock on every lease read.
+    lease_end: AtomicU64,
+    reign: Mutex<Reign>,
+    /// When the leader was last heard, as nanoseconds of [`Moment`].
+    heard: AtomicU64,
+}
+
+#[derive(Default)]
+struct Reign {
+    /// The term whose lease was given up for a transfer.
+    renounced: Option<u64>,
+    /// Store time and moment at which this node's reign of the term began.
+    store_clock: Option<(u64, StoreTime, Moment)>,
+}
+
+impl Leadership {
+    pub(super) fn new() -> Self {
+        Self {
+            info: watch::Sender::new(None),
+            role: AtomicU8::new(0),
+            term: AtomicU64::new(0),
+            lease_end: AtomicU64::new(0),
+            reign: Mutex::default(),
+            heard: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Option<LeaderInfo>> {
+        self.info.subscribe()
+    }
+
+    pub(super) fn info(&self) -> Option<LeaderInfo> {
+        *self.info.borrow()
+    }
+
+    /// Whether this node leads and may answer reads from memory, by the clock of this very moment.
+    pub(super) fn lease_is_valid(&self) -> bool {
+        nanoseconds(Moment::now()) < self.lease_end.load(Ordering::Acquire)
+    }
+
+    pub(super) fn term(&self) -> Term {
+        Term(self.term.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn role(&self) -> Role {
+        match self.role.load(Ordering::Relaxed) {
+            1 => Role::Follower,
+            2 => Role::Candidate,
+            3 => Role::Leader,
+            _ => Role::Learner,
+        }
+    }
+
+    /// Gives up the lease for the rest of `term`. From the return on no read is served under it.
+    pub(super) fn renounce(&self, term: u64) {
+        let mut reign = self.reign.lock();
+        reign.renounced = Some(term);
+        self.lease_end.store(0, Ordering::Release);
+    }
+
+    /// To be called when an append of the current leader was accepted.
+    pub(super) fn leader_was_heard(&self) {
+        self.heard.fetch_max(nanoseconds(Moment::now()), Ordering::Relaxed);
+    }
+
+    /// Store time for a new batch: what was applied when the reign began, plus the time it lasts. Zero before that;
+    /// applying never lets store time go back.
+    pub(super) fn store_time(&self) -> StoreTime {
+        match self.reign.lock().store_clock {
+            Some((_, base, since)) => StoreTime(base.0 + Moment::now().since(since)),
+            None => StoreTime::default(),
+        }
+    }
+}
+
+fn nanoseconds(moment: Moment) -> u64 {
+    u64::try_from(moment.since(Moment::default()).as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How far the state machine has come, as the applier publishes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Applied {
+    pub(super) position: Option<LogPosition>,
+    pub(super) store_time: StoreTime,
+}
+
+/// The task that watches openraft and keeps [`Leadership`] true.
+pub(super) struct Monitor {
+    pub(super) raft: Raft,
+    pub(super) leadership: Arc<Leadership>,
+    pub(super) applied: watch::Receiver<Applied>,
+    pub(super) timings: Timings,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+/// What the monitor needs of openraft's metrics, copied out quickly: holding them blocks the core.
+struct Observed {
+    role: Role,
+    term: u64,
+    leader: Option<u32>,
+    quorum_acknowledged: Option<Moment>,
+    sole_voter: bool,
+}
+
+impl Monitor {
+    /// Runs until openraft stops.
+    pub(super) async fn run(mut self) {
+        let mut changes = self.raft.server_metrics();
+        // The lease ends by the clock, whatever this task does; the period only bounds how soon that is published
+        // and how much of a renewed lease is used.
+        let mut tick = tokio::time::interval(self.timings.lease / 8);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let stopped = self.observe().is_none();
+            if stopped {
+                self.publish(None, 0);
+                return;
+            }
+            tokio::select! {
+                changed = WatchReceiver::changed(&mut changes) => if changed.is_err() {
+                    self.publish(None, 0);
+                    return;
+                },
+                // Readiness follows the first entry of a reign at once.
+                changed = self.applied.changed(), if self.leadership.info().is_none() => if changed.is_err() {
+                    self.publish(None, 0);
+                    return;
+                },
+                _ = tick.tick() => {}
+            }
+        }
+    }
+
+    fn observe(&mut self) -> Option<()> {
+        let observed = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.running_state.as_ref().ok()?;
+            let membership = metrics.membership_config.membership();
+            let mut voters = membership.voter_ids();
+            Observed {
+                role: match metrics.state {
+                    ServerState::Leader => Role::Leader,
+                    ServerState::Candidate => Role::Candidate,
+                    ServerState::Follower => Role::Follower,
+                    _ => Role::Learner,
+                },
+                term: metrics.current_term,
+                leader: metrics.current_leader,
+                quorum_acknowledged: metrics.last_quorum_acked.map(|acknowledged| acknowledged.into_inner().0),
+                sole_voter: voters.next() == Some(metrics.id) && voters.next().is_none(),
+            }
+        };
+        let now = Moment::now();
+        let applied = *self.applied.borrow_and_update();
+        let reign_is_applied = applied.position.is_some_and(|position| position.term.get() == observed.term);
+        self.leadership.role.store(
+            match observed.role {
+                Role::Learner => 0,
+                Role::Follower => 1,
+                Role::Candidate => 2,
+                Role::Leader => 3,
+            },
+            Ordering::Relaxed,
+        );
+        self.leadership.term.store(observed.term, Ordering::Relaxed);
+        self.metrics.raft_role(observed.term, observed.role == Role::Leader);
+        let (info, lease_end) = if observed.role == Role::Leader {
+            let acknowledged = if observed.sole_voter { Some(now) } else { observed.quorum_acknowledged };
+            let end = acknowledged.map(|acknowledged| acknowledged + self.timings.lease);
+            let valid = end.filter(|end| reign_is_applied && *end > now);
+            (valid.map(|_| self.raft.node_id()), valid.map_or(0, nanoseconds))
+        } else {
+            let heard = self.leadership.heard.load(Ordering::Relaxed);
+            let fresh = nanoseconds(now).saturating_sub(heard) < duration_nanoseconds(self.timings.election_max);
+            (observed.leader.as_ref().filter(|_| fresh && reign_is_applied), 0)
+        };
+        let info = info.map(|leader_id| LeaderInfo { leader_id: *leader_id, term: observed.term });
+        self.keep_store_clock(
+            observed.role == Role::Leader && reign_is_applied,
+            observed.term,
+            applied.store_time,
+            now,
+        );
+        self.publish(info, lease_end);
+        Some(())
+    }
+
+    fn keep_store_clock(&self, reigns: bool, term: u64, applied: StoreTime, now: Moment) {
+        let clock = &mut self.leadership.reign.lock().store_clock;
+        match clock {
+            Some((running, ..)) if reigns && *running == term => {}
+            _ if reigns => *clock = Some((term, applied, now)),
+            _ => *clock = None,
+        }
+    }
+
+    fn publish(&self, info: Option<LeaderInfo>, lease_end: u64) {
+        let info = {
+            let reign = self.leadership.reign.lock();
+            // Only this node's own reign can be one that it renounced.
+            let info = info.filter(|info| reign.renounced != Some(info.term));
+            self.leadership.lease_end.store(if info.is_some() { lease_end } else { 0 }, Ordering::Release);
+            info
+        };
+        let changed = self.leadership.info.send_if_modified(|current| {
+            let changed = *current != info;
+            *current = info;
+            changed
+        });
+        if changed {
+            match info {
+                Some(info) => tracing::info!(leader = info.leader_id, term = info.term, "leader known"),
+                None => tracing::info!("no leader"),
+            }
+            self.metrics.leader_changed();
+        }
+    }
+}
+
+fn duration_nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,421 @@
+//! The Raft log between openraft and a [`StorageEngine`]: recent entries in memory, group commit to the disk.
+//!
+//! Appended entries are readable at once. One writer thread takes everything that waits, writes it with one fsync
+//! and reports all of it; while it does, the next group gathers. Steps reach the disk in the order openraft asked for
+//! them, which is why only a vote is waited for: a truncation or purge that a crash undoes was never built upon,
+//! since whatever followed it was lost with it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::sync::Arc;
+use std::time::Instant;
+
+use d_engine_proto::LogIndex;
+use futures_util::{Stream, TryStreamExt, stream};
+use openraft::storage::{IOFlushed, RaftLogStorage};
+use openraft::{LogState, OptionalSend, RaftLogReader};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::entry;
+use super::raft_types::{Entry, LogId, RaftVote, Types, from_position, from_vote, to_position, to_vote};
+use crate::metrics::Metrics;
+use crate::storage::{
+    Durability, Identity, LogPosition, LogRecord, StorageEngine, StorageError, StorageOperation, StorageState,
+};
+
+/// Entries kept in memory for followers and the state machine; older ones are read from the disk.
+const WINDOW_BYTES_MAX: usize = 16 << 20;
+/// Payload bytes of one read: what one message to a peer carries.
+const READ_BYTES_MAX: usize = 1 << 20;
+/// Payload bytes of one group commit.
+const GROUP_BYTES_MAX: usize = 8 << 20;
+/// Jobs that may wait for the writer; openraft waits when it is full.
+const JOBS_MAX: usize = 1024;
+
+/// The log as openraft sees it. Clones share everything.
+#[derive(Clone)]
+pub(super) struct Log {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    engine: Arc<dyn StorageEngine>,
+    window: RwLock<Window>,
+    vote: Mutex<Option<RaftVote>>,
+    /// Written along with the next group; losing it costs a restart some waiting, nothing else.
+    committed: Mutex<Option<LogPosition>>,
+    jobs: mpsc::Sender<Job>,
+    durable: watch::Receiver<Option<LogPosition>>,
+    fault: watch::Receiver<Option<Arc<StorageError>>>,
+}
+
+/// The newest end of the log, in memory.
+#[derive(Default)]
+struct Window {
+    /// Consecutive; together with the disk they are the whole log.
+    entries: VecDeque<(Entry, usize)>,
+    /// Payload bytes of `entries`.
+    bytes: usize,
+    last: Option<LogPosition>,
+    purged: Option<LogPosition>,
+}
+
+enum Job {
+    Append { records: Vec<LogRecord>, callback: IOFlushed<Types> },
+    Truncate(Option<LogIndex>),
+    Purge(LogPosition),
+    Save { operation: StorageOperation, done: oneshot::Sender<Result<(), Arc<StorageError>>> },
+    Stop,
+}
+
+impl Log {
+    /// Starts the writer over an opened engine, whose state is `state`. It runs until [`stop`](Self::stop).
+    pub(super) fn start(
+        engine: Arc<dyn StorageEngine>,
+        state: &StorageState,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Self> {
+        let (jobs, queue) = mpsc::channel(JOBS_MAX);
+        let (durable_sender, durable) = watch::channel(state.last.or(state.purged));
+        let (fault_sender, fault) = watch::channel(None);
+        let shared = Arc::new(Shared {
+            engine: engine.clone(),
+            window: RwLock::new(Window { last: state.last, purged: state.purged, ..Window::default() }),
+            vote: Mutex::new(state.vote.map(from_vote)),
+            committed: Mutex::new(None),
+            jobs,
+            durable,
+            fault,
+        });
+        let writer = Writer { engine, durable: durable_sender, fault: fault_sender, metrics };
+        let weak = Arc::downgrade(&shared);
+        let take_committed = move || weak.upgrade().and_then(|shared| shared.committed.lock().take());
+        std::thread::Builder::new().name("d-engine-log".into()).spawn(move || writer.run(queue, take_committed))?;
+        Ok(Self { shared })
+    }
+
+    /// Ends the writer after everything already asked for. Later writes fail.
+    pub(super) async fn stop(&self) {
+        // It fails only when the writer is gone already.
+        let _ = self.shared.jobs.send(Job::Stop).await;
+        self.shared.jobs.closed().await;
+    }
+
+    /// The last entry on the disk. Positions order by term first, so an entry is durable once this is not below it,
+    /// also across truncations.
+    pub(super) fn durable(&self) -> watch::Receiver<Option<LogPosition>> {
+        self.shared.durable.clone()
+    }
+
+    /// The first disk error; after it nothing is acknowledged any more.
+    pub(super) fn fault(&self) -> watch::Receiver<Option<Arc<StorageError>>> {
+        self.shared.fault.clone()
+    }
+
+    /// Makes the identity durable.
+    pub(super) async fn save_identity(&self, identity: Identity) -> io::Result<()> {
+        self.save(StorageOperation::SaveIdentity(identity)).await
+    }
+
+    async fn save(&self, operation: StorageOperation) -> io::Result<()> {
+        let (done, saved) = oneshot::channel();
+        self.submit(Job::Save { operation, done }).await?;
+        match saved.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(io::Error::other(error)),
+            Err(_) => Err(writer_is_gone()),
+        }
+    }
+
+    async fn submit(&self, job: Job) -> io::Result<()> {
+        self.shared.jobs.send(job).await.map_err(|_| writer_is_gone())
+    }
+
+    /// Entries of `[start, end)`, at most [`READ_BYTES_MAX`] payload bytes but at least one entry if there is one.
+    async fn read_some(&self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
+        let end = {
+            let window = self.shared.window.read();
+            let end = end.min(window.last.map_or(0, |last| last.index.get() + 1));
+            match window.first_index() {
+                Some(first) if start >= first => return Ok(window.read(start, end)),
+                Some(first) => end.min(first),
+                None => end,
+            }
+        };
+        if start >= end {
+            return Ok(Vec::new());
+        }
+        let engine = self.shared.engine.clone();
+        let read = move || engine.read(LogIndex(start), LogIndex(end), READ_BYTES_MAX);
+        let records = tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        records.into_iter().map(|record| entry::decode(record).map_err(io::Error::other)).collect()
+    }
+}
+
+impl Window {
+    fn first_index(&self) -> Option<u64> {
+        self.entries.front().map(|(entry, _)| entry.log_id.index())
+    }
+
+    fn read(&self, start: u64, end: u64) -> Vec<Entry> {
+        let Some(first) = self.first_index() else { return Vec::new() };
+        let skip = usize::try_from(start.saturating_sub(first)).unwrap_or(usize::MAX);
+        let count = usize::try_from(end.saturating_sub(start)).unwrap_or(usize::MAX);
+        let mut bytes = 0;
+        let mut entries = Vec::new();
+        for (entry, size) in self.entries.iter().skip(skip).take(count) {
+            if bytes + size > READ_BYTES_MAX && !entries.is_empty() {
+                break;
+            }
+            bytes += size;
+            entries.push(entry.clone());
+        }
+        entries
+    }
+
+    fn push(&mut self, entry: Entry, bytes: usize) {
+        self.last = Some(to_position(&entry.log_id));
+        self.bytes += bytes;
+        self.entries.push_back((entry, bytes));
+    }
+
+    /// Forgets the oldest entries that are on the disk, down to the byte limit.
+    fn trim(&mut self, durable: Option<LogPosition>) {
+        while self.bytes > WINDOW_BYTES_MAX {
+            match self.entries.front() {
+                Some((entry, _)) if Some(to_position(&entry.log_id)) <= durable => self.pop_front(),
+                _ => break,
+            }
+        }
+    }
+
+    fn pop_front(&mut self) {
+        if let Some((_, bytes)) = self.entries.pop_front() {
+            self.bytes -= bytes;
+        }
+    }
+
+    fn truncate_after(&mut self, last: Option<LogPosition>) {
+        let keep_until = last.map_or(0, |last| last.index.get() + 1);
+        while self.entries.back().is_some_and(|(entry, _)| entry.log_id.index() >= keep_until) {
+            if let Some((_, bytes)) = self.entries.pop_back() {
+                self.bytes -= bytes;
+            }
+        }
+        self.last = last;
+    }
+}
+
+impl RaftLogReader<Types> for Log {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + std::fmt::Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        self.entries_stream(range).await.try_collect().await
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+        self.read_some(start, end).await
+    }
+
+    /// Page by page, so that a long replay never stands in memory as a whole.
+    async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = Result<Entry, io::Error>> + OptionalSend
+    where
+        RB: RangeBounds<u64> + Clone + std::fmt::Debug + OptionalSend,
+    {
+        let (start, end) = half_open(&range);
+        let log = self.clone();
+        let pages = stream::try_unfold(start, move |next| {
+            let log = log.clone();
+            async move {
+                let page = log.read_some(next, end).await?;
+                let after = page.last().map(|entry| entry.log_id.index() + 1);
+                Ok::<_, io::Error>(after.map(|after| (stream::iter(page.into_iter().map(Ok)), after)))
+            }
+        });
+        Box::pin(pages.try_flatten())
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<RaftVote>, io::Error> {
+        Ok(*self.shared.vote.lock())
+    }
+}
+
+impl RaftLogStorage<Types> for Log {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<Types>, io::Error> {
+        let window = self.shared.window.read();
+        let purged = window.purged.map(from_position);
+        Ok(LogState { last_purged_log_id: purged, last_log_id: window.last.map(from_position).or(purged) })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &RaftVote) -> Result<(), io::Error> {
+        *self.shared.vote.lock() = Some(*vote);
+        self.save(StorageOperation::SaveVote(to_vote(vote))).await
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        *self.shared.committed.lock() = committed.as_ref().map(to_position);
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        let state = self.shared.engine.state().map_err(io::Error::other)?;
+        // It may have been written ahead of a truncation that a crash undid; never point past the log.
+        Ok(state.committed.min(state.last.or(state.purged)).map(from_position))
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut records = Vec::new();
+        {
+            let mut window = self.shared.window.write();
+            for entry in entries {
+                let record = entry::encode(&entry);
+                window.push(entry, record.payload.len());
+                records.push(record);
+            }
+            window.trim(*self.shared.durable.borrow());
+        }
+        self.submit(Job::Append { records, callback }).await
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        let last = last.as_ref().map(to_position);
+        self.shared.window.write().truncate_after(last);
+        self.submit(Job::Truncate(last.map(|last| last.index))).await
+    }
+
+    async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        let upto = to_position(&upto);
+        {
+            let mut window = self.shared.window.write();
+            while window.first_index().is_some_and(|first| first <= upto.index.get()) {
+                window.pop_front();
+            }
+            window.purged = Some(upto);
+            window.last = window.last.filter(|last| last.index > upto.index);
+        }
+        self.submit(Job::Purge(upto)).await
+    }
+}
+
+fn half_open(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(start) => *start,
+        Bound::Excluded(start) => start.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(end) => end.saturating_add(1),
+        Bound::Excluded(end) => *end,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
+
+fn writer_is_gone() -> io::Error {
+    io::Error::other("the log's writer has stopped")
+}
+
+/// The one thread that writes.
+struct Writer {
+    engine: Arc<dyn StorageEngine>,
+    durable: watch::Sender<Option<LogPosition>>,
+    fault: watch::Sender<Option<Arc<StorageError>>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Writer {
+    fn run(self, mut queue: mpsc::Receiver<Job>, take_committed: impl Fn() -> Option<LogPosition>) {
+        let mut stopping = false;
+        while !stopping {
+            let Some(first) = queue.blocking_recv() else { return };
+            let mut group = Group::default();
+            let mut next = Some(first);
+            while let Some(job) = next {
+                stopping |= group.add(job);
+                next = if stopping || group.bytes >= GROUP_BYTES_MAX { None } else { queue.try_recv().ok() };
+            }
+            if !group.operations.is_empty() {
+                group.operations.extend(take_committed().map(StorageOperation::SaveCommitted));
+            }
+            self.commit(group);
+        }
+    }
+
+    fn commit(&self, group: Group) {
+        let started = Instant::now();
+        let result = match &*self.fault.borrow() {
+            Some(error) => Err(error.clone()),
+            None => self.engine.write(&group.operations, Durability::Fsync).map_err(Arc::new),
+        };
+        self.metrics.log_write(started.elapsed());
+        match result {
+            Ok(()) => {
+                if let Some(last) = group.last {
+                    self.durable.send_replace(Some(last));
+                }
+                for callback in group.callbacks {
+                    callback.io_completed(Ok(()));
+                }
+                for done in group.saves {
+                    // The asker may have gone; the save stands.
+                    let _ = done.send(Ok(()));
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "the log cannot be written; the node stops acknowledging");
+                for callback in group.callbacks {
+                    callback.io_completed(Err(io::Error::other(error.clone())));
+                }
+                for done in group.saves {
+                    let _ = done.send(Err(error.clone()));
+                }
+                self.fault.send_replace(Some(error));
+            }
+        }
+    }
+}
+
+/// What one fsync makes durable.
+#[derive(Default)]
+struct Group {
+    operations: Vec<StorageOperation>,
+    callbacks: Vec<IOFlushed<Types>>,
+    saves: Vec<oneshot::Sender<Result<(), Arc<StorageError>>>>,
+    bytes: usize,
+    last: Option<LogPosition>,
+}
+
+impl Group {
+    /// Whether the job asks to stop.
+    fn add(&mut self, job: Job) -> bool {
+        match job {
+            Job::Append { records, callback } => {
+                self.last = records.last().map(|record| record.position).or(self.last);
+                self.bytes += records.iter().map(|record| record.payload.len()).sum::<usize>();
+                self.operations.extend(records.into_iter().map(StorageOperation::Append));
+                self.callbacks.push(callback);
+            }
+            Job::Truncate(after) => self.operations.push(StorageOperation::TruncateAfter(after)),
+            Job::Purge(upto) => self.operations.push(StorageOperation::PurgeTo(upto)),
+            Job::Save { operation, done } => {
+                self.operations.push(operation);
+                self.saves.push(done);
+            }
+            Job::Stop => return true,
+        }
+        false
+    }
+}

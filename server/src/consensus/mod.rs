@@ -1,0 +1,36 @@
+//! Raft, behind a facade: proposes batches of opaque commands, confirms reads, publishes leadership.
+//!
+//! The only module that names openraft. It knows nothing of keys and values: commands are bytes for a
+//! [`StateMachine`](crate::state_machine::StateMachine), entries are bytes for a
+//! [`StorageEngine`](crate::storage::StorageEngine).
+//!
+//! ```text
+//!  propose ──► proposer ──► openraft ──► log ──────► StorageEngine     (group commit, one fsync)
+//!              (batches)       │  ▲       └► network ──► peers ──► their log
+//!                              │  └──────────────────────┘ acknowledgements
+//!                              └► applier ──► StateMachine ──► answers straight to the callers
+//! ```
+
+mod applier;
+mod entry;
+mod formation;
+mod handle;
+mod leadership;
+mod log;
+mod member;
+mod network;
+mod peer_service;
+mod proposer;
+mod raft_types;
+mod read_index;
+mod runtime;
+#[cfg(test)]
+mod tests;
+
+pub use formation::MembershipRefused;
+pub use handle::{Consensus, ConsensusConfig, RaftProgress, StartError, Timings};
+pub use leadership::{LeaderInfo, Role};
+pub use member::{Member, Membership};
+pub use peer_service::Server as PeerServer;
+pub use proposer::ProposeError;
+pub use read_index::ReadIndexError;

@@ -1,0 +1,415 @@
+//! The way to the peers: one gRPC connection for data and one for everything that must never wait behind data.
+//!
+//! Every message carries a [`v1::Route`]: who speaks and which incarnation is meant, see `peer_service`.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use d_engine_proto::v1::peer_client::PeerClient;
+use d_engine_proto::{LogIndex, v1};
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt, stream};
+use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::{
+    Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption, RaftNetworkFactory,
+};
+use openraft::raft::{
+    AppendEntriesRequest, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::{OptionalSend, alias::SnapshotOf};
+use parking_lot::Mutex;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+
+use super::entry;
+use super::member::Member;
+use super::raft_types::{LogId, RaftVote, Types, from_vote, to_position, to_vote};
+use crate::limits::PEER_MESSAGE_BYTES_MAX;
+use crate::storage::{LogPosition, LogRecord, Vote};
+
+/// Who this node is, as its peers see it.
+pub(super) struct LocalIdentity {
+    pub(super) node_id: u32,
+    pub(super) incarnation: u64,
+    /// 0 until the node belongs to a cluster.
+    cluster_id: AtomicU64,
+}
+
+impl LocalIdentity {
+    pub(super) fn new(node_id: u32, incarnation: u64, cluster_id: Option<u64>) -> Self {
+        Self { node_id, incarnation, cluster_id: AtomicU64::new(cluster_id.unwrap_or(0)) }
+    }
+
+    /// `None` until the node belongs to a cluster.
+    pub(super) fn cluster_id(&self) -> Option<u64> {
+        Some(self.cluster_id.load(Ordering::Acquire)).filter(|id| *id != 0)
+    }
+
+    /// To be called once the id is durable.
+    pub(super) fn join(&self, cluster_id: u64) {
+        self.cluster_id.store(cluster_id, Ordering::Release);
+    }
+}
+
+/// Two connections per peer, so that a heartbeat or a vote never waits behind data.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Lane {
+    Data,
+    Control,
+}
+
+/// Connections to the peers. Clones share them.
+#[derive(Clone)]
+pub(super) struct Peers {
+    local: Arc<LocalIdentity>,
+    channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
+    /// A stream on which nothing moves for this long, though something should, is broken.
+    stall: Duration,
+}
+
+impl Peers {
+    pub(super) fn new(local: Arc<LocalIdentity>, stall: Duration) -> Self {
+        Self { local, channels: Arc::default(), stall }
+    }
+
+    fn client(&self, address: &str, lane: Lane) -> Result<PeerClient<Channel>, Status> {
+        let mut channels = self.channels.lock();
+        let channel = match channels.get(&(address.to_owned(), lane)) {
+            Some(channel) => channel.clone(),
+            None => {
+                let channel = Endpoint::from_shared(format!("http://{address}"))
+                    .map_err(|error| Status::invalid_argument(format!("peer address {address}: {error}")))?
+                    .connect_timeout(self.stall)
+                    .tcp_nodelay(true)
+                    .http2_keep_alive_interval(self.stall)
+                    .keep_alive_timeout(self.stall)
+                    .keep_alive_while_idle(true)
+                    .initial_stream_window_size(PEER_MESSAGE_BYTES_MAX as u32)
+                    .initial_connection_window_size(PEER_MESSAGE_BYTES_MAX as u32)
+                    .connect_lazy();
+                channels.insert((address.to_owned(), lane), channel.clone());
+                channel
+            }
+        };
+        Ok(PeerClient::new(channel)
+            .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX))
+    }
+
+    fn route(&self, to: u32, to_incarnation: u64) -> v1::Route {
+        v1::Route {
+            cluster_id: self.local.cluster_id().unwrap_or(0),
+            from: self.local.node_id,
+            from_incarnation: self.local.incarnation,
+            to,
+            to_incarnation,
+        }
+    }
+
+    /// Introduces this node to the one configured as `to`.
+    pub(super) async fn hello(
+        &self,
+        to: u32,
+        address: &str,
+        initial_cluster: Vec<v1::InitialMember>,
+    ) -> Result<v1::HelloResponse, Status> {
+        let request = v1::HelloRequest {
+            protocol_version: d_engine_proto::PEER_PROTOCOL_VERSION,
+            route: Some(self.route(to, 0)),
+            initial_cluster,
+        };
+        let mut client = self.client(address, Lane::Control)?;
+        Ok(within(self.stall, client.hello(request)).await?.into_inner())
+    }
+
+    /// Asks the leader which index a linearizable read has to wait for.
+    pub(super) async fn read_index(&self, to: u32, member: &Member) -> Result<LogIndex, Status> {
+        let request = v1::ReadIndexRequest { route: Some(self.route(to, member.incarnation)) };
+        let mut client = self.client(&member.peer_address, Lane::Control)?;
+        Ok(LogIndex(within(self.stall, client.read_index(request)).await?.into_inner().index))
+    }
+}
+
+async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(result) => result,
+        Err(_) => Err(Status::deadline_exceeded(format!("the peer did not answer within {limit:?}"))),
+    }
+}
+
+impl RaftNetworkFactory<Types> for Peers {
+    type Network = Connection;
+
+    async fn new_client(&mut self, target: u32, node: &Member) -> Connection {
+        Connection { peers: self.clone(), target, member: node.clone(), lane: Lane::Data }
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u32, node: &Member) -> Connection {
+        Connection { peers: self.clone(), target, member: node.clone(), lane: Lane::Control }
+    }
+}
+
+/// The way to one peer.
+pub(super) struct Connection {
+    peers: Peers,
+    target: u32,
+    member: Member,
+    lane: Lane,
+}
+
+impl Connection {
+    fn client(&self, lane: Lane) -> Result<PeerClient<Channel>, RPCError<Types>> {
+        self.peers.client(&self.member.peer_address, lane).map_err(unreachable)
+    }
+
+    fn route(&self) -> v1::Route {
+        self.peers.route(self.target, self.member.incarnation)
+    }
+}
+
+fn unreachable(status: Status) -> RPCError<Types> {
+    // openraft backs off from an unreachable peer, and every failure here is worth that.
+    RPCError::Unreachable(Unreachable::from_string(format!("{:?}: {}", status.code(), status.message())))
+}
+
+impl NetBackoff<Types> for Connection {
+    fn backoff(&self) -> Option<Backoff> {
+        None
+    }
+}
+
+impl NetStreamAppend<Types> for Connection {
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<Types>, RPCError<Types>>>, RPCError<Types>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
+    {
+        let stall = self.peers.stall.max(option.hard_ttl());
+        Box::pin(async move {
+            let mut client = self.client(self.lane)?;
+            let sent = Arc::new(AtomicU64::new(0));
+            let mut route = Some(self.route());
+            let counter = sent.clone();
+            let requests = input.map(move |request| {
+                counter.fetch_add(1, Ordering::Relaxed);
+                append_to_wire(route.take(), request)
+            });
+            let responses = within(stall, client.append(requests)).await.map_err(unreachable)?.into_inner();
+            Ok(Responses { responses, sent, received: 0, stall }.into_stream().boxed())
+        })
+    }
+}
+
+/// The answers of one append stream, with a watch over its progress.
+struct Responses {
+    responses: Streaming<v1::AppendResponse>,
+    sent: Arc<AtomicU64>,
+    received: u64,
+    stall: Duration,
+}
+
+impl Responses {
+    fn into_stream(self) -> impl Stream<Item = Result<StreamAppendResult<Types>, RPCError<Types>>> {
+        stream::unfold(Some(self), |state| async move {
+            let mut responses = state?;
+            match responses.next().await {
+                Ok(None) => None,
+                Ok(Some(response)) => {
+                    let result = append_result_from_wire(response);
+                    let goes_on = matches!(result, Ok(Ok(_)));
+                    Some((result, goes_on.then_some(responses)))
+                }
+                Err(status) => Some((Err(unreachable(status)), None)),
+            }
+        })
+    }
+
+    async fn next(&mut self) -> Result<Option<v1::AppendResponse>, Status> {
+        let mut was_waiting = false;
+        loop {
+            match tokio::time::timeout(self.stall, self.responses.message()).await {
+                Ok(message) => {
+                    self.received += 1;
+                    return message;
+                }
+                // Two periods in a row with a request unanswered: at least one whole period without progress.
+                Err(_) => {
+                    let waiting = self.sent.load(Ordering::Relaxed) > self.received;
+                    if waiting && was_waiting {
+                        return Err(Status::deadline_exceeded("the peer stopped answering appends"));
+                    }
+                    was_waiting = waiting;
+                }
+            }
+        }
+    }
+}
+
+impl NetVote<Types> for Connection {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        let mut client = self.client(Lane::Control)?;
+        let call = client.vote(vote_to_wire(self.route(), &rpc));
+        vote_response_from_wire(within(option.soft_ttl(), call).await.map_err(unreachable)?.into_inner())
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        let mut client = self.client(Lane::Control)?;
+        let call = client.pre_vote(vote_to_wire(self.route(), &rpc));
+        vote_response_from_wire(within(option.soft_ttl(), call).await.map_err(unreachable)?.into_inner())
+    }
+}
+
+impl NetTransferLeader<Types> for Connection {
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Types>, RPCError<Types>> {
+        let request = v1::TransferLeaderRequest {
+            route: Some(self.route()),
+            from_leader: Some(vote_out(req.from_leader())),
+            to: *req.to_node_id(),
+            last_log: req.last_log_id().map(log_id_out),
+        };
+        let mut client = self.client(Lane::Control)?;
+        within(option.soft_ttl(), client.transfer_leader(request)).await.map_err(unreachable)?;
+        Ok(Ok(()))
+    }
+}
+
+impl NetSnapshot<Types> for Connection {
+    // See `applier`: the log is never purged yet, so that openraft never asks for this.
+    type SnapshotData = ();
+
+    async fn full_snapshot(
+        &mut self,
+        _vote: RaftVote,
+        _snapshot: SnapshotOf<Types, ()>,
+        _cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        let error = io::Error::new(io::ErrorKind::Unsupported, "this version sends no snapshots");
+        Err(StreamingError::Unreachable(Unreachable::new(&error)))
+    }
+}
+
+// --- messages, both ways; `peer_service` uses them too
+
+pub(super) fn log_id_out(id: &LogId) -> v1::LogId {
+    v1::LogId { term: to_position(id).term.get(), index: id.index() }
+}
+
+pub(super) fn log_id_in(id: v1::LogId) -> LogId {
+    LogId::new_term_index(id.term, id.index)
+}
+
+pub(super) fn vote_out(vote: &RaftVote) -> v1::Vote {
+    let vote = to_vote(vote);
+    v1::Vote { term: vote.term.get(), node_id: vote.node_id.get(), committed: vote.committed }
+}
+
+pub(super) fn vote_in(vote: Option<v1::Vote>) -> Result<RaftVote, Status> {
+    let vote = vote.ok_or_else(|| Status::invalid_argument("the message lacks its vote"))?;
+    Ok(from_vote(Vote { term: vote.term.into(), node_id: vote.node_id.into(), committed: vote.committed }))
+}
+
+fn append_to_wire(route: Option<v1::Route>, request: AppendEntriesRequest<Types>) -> v1::AppendRequest {
+    let entries = request
+        .entries
+        .iter()
+        .map(|entry| {
+            let record = entry::encode(entry);
+            v1::LogEntry { id: Some(log_id_out(&entry.log_id)), payload: record.payload }
+        })
+        .collect();
+    v1::AppendRequest {
+        route,
+        vote: Some(vote_out(&request.vote)),
+        previous: request.prev_log_id.as_ref().map(log_id_out),
+        entries,
+        committed: request.leader_commit.as_ref().map(log_id_out),
+    }
+}
+
+pub(super) fn append_from_wire(request: v1::AppendRequest) -> Result<AppendEntriesRequest<Types>, Status> {
+    let entries = request
+        .entries
+        .into_iter()
+        .map(|wire| {
+            let id = wire.id.ok_or_else(|| Status::invalid_argument("an entry lacks its id"))?;
+            let position = LogPosition { term: id.term.into(), index: id.index.into() };
+            entry::decode(LogRecord { position, payload: wire.payload })
+                .map_err(|error| Status::invalid_argument(format!("entry {}: {error}", id.index)))
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(AppendEntriesRequest {
+        vote: vote_in(request.vote)?,
+        prev_log_id: request.previous.map(log_id_in),
+        entries,
+        leader_commit: request.committed.map(log_id_in),
+    })
+}
+
+pub(super) fn append_result_to_wire(result: &StreamAppendResult<Types>) -> v1::AppendResponse {
+    use v1::append_response::{Matched, Result as Wire};
+    let result = match result {
+        Ok(last) => Wire::Matched(Matched { last: last.as_ref().map(log_id_out) }),
+        Err(StreamAppendError::Conflict(id)) => Wire::Conflict(log_id_out(id)),
+        Err(StreamAppendError::HigherVote(vote)) => Wire::HigherVote(vote_out(vote)),
+    };
+    v1::AppendResponse { result: Some(result) }
+}
+
+fn append_result_from_wire(response: v1::AppendResponse) -> Result<StreamAppendResult<Types>, RPCError<Types>> {
+    use v1::append_response::Result as Wire;
+    Ok(match response.result {
+        Some(Wire::Matched(matched)) => Ok(matched.last.map(log_id_in)),
+        Some(Wire::Conflict(id)) => Err(StreamAppendError::Conflict(log_id_in(id))),
+        Some(Wire::HigherVote(vote)) => Err(StreamAppendError::HigherVote(vote_in(Some(vote)).map_err(unreachable)?)),
+        None => return Err(unreachable(Status::invalid_argument("an append response lacks its result"))),
+    })
+}
+
+fn vote_to_wire(route: v1::Route, request: &VoteRequest<Types>) -> v1::VoteRequest {
+    v1::VoteRequest {
+        route: Some(route),
+        vote: Some(vote_out(&request.vote)),
+        last_log: request.last_log_id.as_ref().map(log_id_out),
+        leadership_transfer: request.leadership_transfer,
+    }
+}
+
+pub(super) fn vote_from_wire(request: &v1::VoteRequest) -> Result<VoteRequest<Types>, Status> {
+    let mut vote = VoteRequest::new(vote_in(request.vote)?, request.last_log.map(log_id_in));
+    vote.leadership_transfer = request.leadership_transfer;
+    Ok(vote)
+}
+
+pub(super) fn vote_response_to_wire(response: &VoteResponse<Types>) -> v1::VoteResponse {
+    v1::VoteResponse {
+        vote: Some(vote_out(&response.vote)),
+        granted: response.vote_granted,
+        last_log: response.last_log_id.as_ref().map(log_id_out),
+    }
+}
+
+fn vote_response_from_wire(response: v1::VoteResponse) -> Result<VoteResponse<Types>, RPCError<Types>> {
+    let vote = vote_in(response.vote).map_err(unreachable)?;
+    Ok(VoteResponse::new(vote, response.last_log.map(log_id_in), response.granted))
+}

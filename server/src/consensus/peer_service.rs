@@ -1,0 +1,221 @@
+//! What the peers may ask of this node, and the gate in front of it.
+//!
+//! The gate keeps two promises that openraft cannot keep alone:
+//!
+//! A node acts only on what is meant for its incarnation. A disk that was lost comes back under the old id with a new
+//! incarnation; letting it vote or acknowledge would forget what the old one promised.
+//!
+//! A restarted voter keeps the lease it acknowledged before. openraft holds that in memory only, so that:
+//! ```text
+//! leader A                 voter B                          candidate C
+//! heartbeat ──────────────► acknowledges: no other vote
+//! lease runs until t        killed, restarted
+//!                           forgot the promise  ◄────────── vote for me
+//!                           grants              ──────────► leads, acknowledges a write
+//! reads under its lease: stale
+//! ```
+//! Hence for one maximum election timeout after boot it grants nothing and does not campaign, except where no promise
+//! can stand in the way: see [`Quarantine`].
+
+use std::future::ready;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use d_engine_proto::v1;
+use d_engine_proto::v1::peer_server::{Peer, PeerServer};
+use futures_util::{Stream, StreamExt};
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::formation::Formation;
+use super::leadership::Leadership;
+use super::log::Log;
+use super::network::{
+    LocalIdentity, append_from_wire, append_result_to_wire, log_id_in, vote_from_wire, vote_in, vote_response_to_wire,
+};
+use super::raft_types::{Raft, RaftVote, Types};
+use super::read_index::ReadIndex;
+use crate::clock::Moment;
+use crate::limits::PEER_MESSAGE_BYTES_MAX;
+use crate::storage::Identity;
+
+/// The time after boot in which this node must not help to elect anyone.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Quarantine {
+    until: Option<Moment>,
+}
+
+impl Quarantine {
+    /// No promise can be outstanding: a node that never acknowledged a leader, or the only voter there is.
+    pub(super) const NONE: Self = Self { until: None };
+
+    pub(super) fn until(moment: Moment) -> Self {
+        Self { until: Some(moment) }
+    }
+
+    /// Whether `request` must be denied although openraft might grant it. `promised` is the vote on record: its
+    /// leader may ask for a transfer, since it gave up the lease this node must protect.
+    fn denies(self, request: &VoteRequest<Types>, promised: &RaftVote) -> bool {
+        let over = self.until.is_none_or(|until| Moment::now() >= until);
+        let transferred = request.leadership_transfer
+            && promised.is_committed()
+            && request.vote.leader_id().term == promised.leader_id().term + 1;
+        !over && !transferred
+    }
+}
+
+/// The peer service of one node.
+pub(super) struct PeerService {
+    pub(super) raft: Raft,
+    pub(super) log: Log,
+    pub(super) local: Arc<LocalIdentity>,
+    pub(super) leadership: Arc<Leadership>,
+    pub(super) read_index: Arc<ReadIndex>,
+    pub(super) formation: Arc<Formation>,
+    pub(super) quarantine: Quarantine,
+}
+
+/// What the peers talk to, ready to be added to a gRPC server.
+pub type Server = PeerServer<Gate>;
+
+pub(super) fn server(service: Arc<PeerService>) -> Server {
+    PeerServer::new(Gate(service))
+        .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
+}
+
+/// Implements the generated trait; a type of its own so that streams can keep the service alive.
+pub struct Gate(Arc<PeerService>);
+
+impl PeerService {
+    /// Refuses what is not meant for this node. A message from the cluster's leader makes a fresh node a member.
+    async fn admit(&self, route: Option<&v1::Route>) -> Result<(), Status> {
+        let route = route.ok_or_else(|| Status::invalid_argument("the message lacks its route"))?;
+        let local = &self.local;
+        if route.to != local.node_id || route.to_incarnation != local.incarnation {
+            return Err(Status::failed_precondition(format!(
+                "meant for node {} with incarnation {:016x}, but this is node {} with incarnation {:016x}: a data \
+                 directory was lost or swapped; remove the member and add it again",
+                route.to, route.to_incarnation, local.node_id, local.incarnation
+            )));
+        }
+        match local.cluster_id() {
+            Some(cluster_id) if cluster_id == route.cluster_id => Ok(()),
+            Some(cluster_id) => Err(Status::failed_precondition(format!(
+                "node {} belongs to cluster {:016x}, this node to {cluster_id:016x}",
+                route.from, route.cluster_id
+            ))),
+            None if route.cluster_id == 0 => Err(Status::failed_precondition("the sender belongs to no cluster")),
+            None => self.join(route.cluster_id).await,
+        }
+    }
+
+    /// The sender knows this very incarnation as a member: its cluster is ours from now on.
+    async fn join(&self, cluster_id: u64) -> Result<(), Status> {
+        let identity = Identity {
+            node_id: self.local.node_id.into(),
+            incarnation: self.local.incarnation,
+            cluster_id: Some(cluster_id),
+        };
+        self.log.save_identity(identity).await.map_err(|error| Status::internal(error.to_string()))?;
+        self.local.join(cluster_id);
+        tracing::info!(cluster = format_args!("{cluster_id:016x}"), "joined the cluster");
+        Ok(())
+    }
+
+    async fn cast(&self, request: v1::VoteRequest, only_asking: bool) -> Result<v1::VoteResponse, Status> {
+        self.admit(request.route.as_ref()).await?;
+        let request = vote_from_wire(&request)?;
+        let promised = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.vote
+        };
+        if self.quarantine.denies(&request, &promised) {
+            tracing::info!(candidate = request.vote.leader_id().voted_for, "no vote so soon after a restart");
+            return Ok(vote_response_to_wire(&VoteResponse::new(promised, None, false)));
+        }
+        let response = if only_asking { self.raft.pre_vote(request).await } else { self.raft.vote(request).await };
+        response.map(|response| vote_response_to_wire(&response)).map_err(stopped)
+    }
+}
+
+fn stopped(error: impl std::fmt::Display) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+type AppendResponses = Pin<Box<dyn Stream<Item = Result<v1::AppendResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Peer for Gate {
+    type AppendStream = AppendResponses;
+
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
+        let request = request.into_inner();
+        let route = request.route.ok_or_else(|| Status::invalid_argument("the message lacks its route"))?;
+        Ok(Response::new(self.0.formation.answer_hello(&self.0.raft, &route)))
+    }
+
+    async fn append(
+        &self,
+        request: Request<Streaming<v1::AppendRequest>>,
+    ) -> Result<Response<AppendResponses>, Status> {
+        let mut requests = request.into_inner();
+        let Some(first) = requests.message().await? else {
+            return Ok(Response::new(Box::pin(futures_util::stream::empty())));
+        };
+        self.0.admit(first.route.as_ref()).await?;
+        let first = append_from_wire(first)?;
+        // A malformed request ends the stream; the peer notices the missing answer and starts anew.
+        let rest = requests.scan((), |(), request| {
+            let request = request.and_then(append_from_wire);
+            ready(request.inspect_err(|error| tracing::debug!(%error, "an append stream broke")).ok())
+        });
+        let requests: Pin<Box<dyn Stream<Item = AppendEntriesRequest<Types>> + Send>> =
+            Box::pin(futures_util::stream::iter([first]).chain(rest));
+        let leadership = self.0.leadership.clone();
+        let responses = self.0.raft.stream_append(requests).map(move |result| match result {
+            Ok(result) => {
+                if !matches!(result, Err(StreamAppendError::HigherVote(_))) {
+                    leadership.leader_was_heard();
+                }
+                Ok(append_result_to_wire(&result))
+            }
+            Err(fatal) => Err(stopped(fatal)),
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn vote(&self, request: Request<v1::VoteRequest>) -> Result<Response<v1::VoteResponse>, Status> {
+        self.0.cast(request.into_inner(), false).await.map(Response::new)
+    }
+
+    async fn pre_vote(&self, request: Request<v1::VoteRequest>) -> Result<Response<v1::VoteResponse>, Status> {
+        self.0.cast(request.into_inner(), true).await.map(Response::new)
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<v1::TransferLeaderRequest>,
+    ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
+        let request = request.into_inner();
+        self.0.admit(request.route.as_ref()).await?;
+        let from = vote_in(request.from_leader)?;
+        let transfer = TransferLeaderRequest::new(from, request.to, request.last_log.map(log_id_in));
+        match self.0.raft.handle_transfer_leader(transfer).await {
+            Ok(Ok(())) => Ok(Response::new(v1::TransferLeaderResponse {})),
+            Ok(Err(refused)) => Err(Status::failed_precondition(refused.to_string())),
+            Err(fatal) => Err(stopped(fatal)),
+        }
+    }
+
+    async fn read_index(
+        &self,
+        request: Request<v1::ReadIndexRequest>,
+    ) -> Result<Response<v1::ReadIndexResponse>, Status> {
+        self.0.admit(request.into_inner().route.as_ref()).await?;
+        let index = self.0.read_index.as_leader().await.map_err(stopped)?;
+        Ok(Response::new(v1::ReadIndexResponse { index: index.get() }))
+    }
+}

@@ -1,0 +1,184 @@
+//! From single commands to log entries: takes what is waiting, up to a byte cap, and proposes it as one entry.
+//!
+//! Nothing waits for company: an idle system adds no delay, a busy one fills its batches while earlier ones are in
+//! flight. What waits is bounded in bytes; past the bound a proposal is refused at once, and nothing is lost.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use d_engine_proto::NodeId;
+use openraft::errors::ClientWriteError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+
+use super::entry::{Batch, COMMAND_OVERHEAD_BYTES};
+use super::leadership::Leadership;
+use super::raft_types::{Callback, Raft, WriteResult};
+use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX};
+use crate::metrics::Metrics;
+
+/// What a pending proposal takes of the bound besides its command, so that tiny ones are bounded too.
+const PROPOSAL_OVERHEAD_BYTES: usize = 256;
+
+/// Why a proposal has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Certainly not applied: this node does not lead, or has no quorum. The leader, if one is known.
+    #[error("this node is not the leader")]
+    NotLeader {
+        /// Who leads instead, as far as openraft knows.
+        leader: Option<NodeId>,
+    },
+    /// Certainly not applied: too much is pending.
+    #[error("{pending_bytes_max} bytes of proposals are pending already")]
+    Overloaded {
+        /// The bound that is reached.
+        pending_bytes_max: usize,
+    },
+    /// Not known: a successor may or may not commit it.
+    #[error("leadership was lost after the proposal was accepted")]
+    LeadershipLost,
+    /// Not known: the node stopped.
+    #[error("the node stopped after it had taken the proposal")]
+    Stopped,
+}
+
+pub(super) type Answer = Result<Bytes, ProposeError>;
+
+/// The queue in front of openraft.
+pub(super) struct Proposer {
+    queue: mpsc::Sender<Proposal>,
+    pending_bytes: Arc<Semaphore>,
+    pending_bytes_max: usize,
+}
+
+struct Proposal {
+    command: Bytes,
+    answer: oneshot::Sender<Answer>,
+    /// Given back when the proposal is answered.
+    _pending_bytes: OwnedSemaphorePermit,
+}
+
+impl Proposer {
+    /// Starts the batching task; it ends when the proposer is dropped.
+    pub(super) fn start(
+        raft: Raft,
+        leadership: Arc<Leadership>,
+        metrics: Arc<Metrics>,
+        pending_bytes_max: usize,
+    ) -> Self {
+        let (queue, proposals) = mpsc::channel(pending_bytes_max.div_ceil(PROPOSAL_OVERHEAD_BYTES));
+        let batcher = Batcher {
+            raft,
+            leadership,
+            metrics,
+            in_flight: Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX)),
+            held_back: None,
+        };
+        tokio::spawn(batcher.run(proposals));
+        Self { queue, pending_bytes: Arc::new(Semaphore::new(pending_bytes_max)), pending_bytes_max }
+    }
+
+    /// Proposes one command; the receiver gets its answer. Dropping the receiver does not withdraw the command.
+    pub(super) fn propose(&self, command: Bytes) -> Result<oneshot::Receiver<Answer>, ProposeError> {
+        let overloaded = ProposeError::Overloaded { pending_bytes_max: self.pending_bytes_max };
+        let bytes = u32::try_from(command.len() + PROPOSAL_OVERHEAD_BYTES).map_err(|_| overloaded.clone())?;
+        let permit = self.pending_bytes.clone().try_acquire_many_owned(bytes).map_err(|_| overloaded.clone())?;
+        let (answer, answered) = oneshot::channel();
+        let proposal = Proposal { command, answer, _pending_bytes: permit };
+        match self.queue.try_send(proposal) {
+            Ok(()) => Ok(answered),
+            // The batcher never saw it.
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(ProposeError::NotLeader { leader: None }),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(overloaded),
+        }
+    }
+
+    /// Bytes of proposals that wait for their answer.
+    pub(super) fn pending_bytes(&self) -> usize {
+        self.pending_bytes_max.saturating_sub(self.pending_bytes.available_permits())
+    }
+}
+
+struct Batcher {
+    raft: Raft,
+    leadership: Arc<Leadership>,
+    metrics: Arc<Metrics>,
+    in_flight: Arc<Semaphore>,
+    /// Taken from the queue but too large for the batch at hand: the first of the next one.
+    held_back: Option<Proposal>,
+}
+
+impl Batcher {
+    async fn run(mut self, mut proposals: mpsc::Receiver<Proposal>) {
+        loop {
+            // First the slot, then the batch: what arrives while every slot is taken joins it.
+            let Ok(slot) = self.in_flight.clone().acquire_owned().await else { return };
+            let first = match self.held_back.take() {
+                Some(proposal) => proposal,
+                None => match proposals.recv().await {
+                    Some(proposal) => proposal,
+                    None => return,
+                },
+            };
+            let batch = self.fill(first, &mut proposals);
+            self.metrics.batch(batch.len());
+            self.submit(batch, slot).await;
+        }
+    }
+
+    fn fill(&mut self, first: Proposal, proposals: &mut mpsc::Receiver<Proposal>) -> Vec<Proposal> {
+        let mut bytes = first.command.len() + COMMAND_OVERHEAD_BYTES;
+        let mut batch = vec![first];
+        while batch.len() < BATCH_COMMANDS_MAX {
+            let Ok(proposal) = proposals.try_recv() else { break };
+            let size = proposal.command.len() + COMMAND_OVERHEAD_BYTES;
+            if bytes + size > BATCH_BYTES_MAX {
+                self.held_back = Some(proposal);
+                break;
+            }
+            bytes += size;
+            batch.push(proposal);
+        }
+        batch
+    }
+
+    async fn submit(&self, batch: Vec<Proposal>, slot: OwnedSemaphorePermit) {
+        let store_time = self.leadership.store_time();
+        let encoded = Batch::encode(store_time, batch.iter().map(|proposal| &proposal.command));
+        let answer_all = move |result: WriteResult| {
+            drop(slot);
+            match result {
+                Ok(response) => {
+                    // One answer per command: the state machine's contract.
+                    for (proposal, answer) in batch.into_iter().zip(response.data.0) {
+                        // Nobody may be waiting any more.
+                        let _ = proposal.answer.send(Ok(answer));
+                    }
+                }
+                Err(error) => {
+                    let error = explain(error);
+                    for proposal in batch {
+                        let _ = proposal.answer.send(Err(error.clone()));
+                    }
+                }
+            }
+        };
+        // On failure openraft has stopped and drops the callback, and with it every answer: `Stopped`.
+        if let Err(error) = self.raft.client_write_ff(encoded, Some(Callback(Box::new(answer_all)))).await {
+            tracing::warn!(%error, "a batch was proposed to a stopped node");
+        }
+    }
+}
+
+fn explain(error: ClientWriteError<super::raft_types::Types>) -> ProposeError {
+    match error {
+        // Refused before it was appended.
+        ClientWriteError::ForwardToLeader(forward) => ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) },
+        // It was appended, and other logs may hold it: a truncation here proves nothing about them.
+        ClientWriteError::LogEntryDiscarded(_) => ProposeError::LeadershipLost,
+        // Only membership changes and preconditions, neither of which is proposed here.
+        ClientWriteError::ChangeMembershipError(_) | ClientWriteError::PreconditionFailed(_) => {
+            ProposeError::LeadershipLost
+        }
+    }
+}

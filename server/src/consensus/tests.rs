@@ -1,0 +1,299 @@
+//! Clusters of real nodes in one process: real openraft, real gRPC on loopback; storage in memory, and a state machine
+//! that is a list. Whatever needs processes that die is tested on the real binary.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use d_engine_proto::{NodeId, v1};
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::TcpListenerStream;
+
+use super::*;
+use crate::metrics::Metrics;
+use crate::state_machine::{AppliedState, CommittedEntry, EntryContent, StateMachine};
+use crate::storage::{LogPosition, MemoryStorageEngine, StorageEngine, StorageError};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const TIMINGS: Timings = Timings {
+    lease: Duration::from_millis(250),
+    election_min: Duration::from_millis(250),
+    election_max: Duration::from_millis(375),
+    heartbeat: Duration::from_millis(50),
+};
+
+/// Remembers every command; answers with how many there are.
+#[derive(Default)]
+struct List(Mutex<(AppliedState, Vec<Bytes>)>);
+
+impl List {
+    fn commands(&self) -> Vec<Bytes> {
+        self.0.lock().1.clone()
+    }
+}
+
+impl StateMachine for List {
+    fn applied(&self) -> AppliedState {
+        self.0.lock().0.clone()
+    }
+
+    fn durable(&self) -> Option<LogPosition> {
+        None
+    }
+
+    fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
+        let (applied, list) = &mut *self.0.lock();
+        applied.position = Some(entry.position);
+        match &entry.content {
+            EntryContent::Blank => Ok(vec![]),
+            EntryContent::Membership(bytes) => {
+                applied.membership = Some((entry.position, bytes.clone()));
+                Ok(vec![])
+            }
+            EntryContent::Commands { store_time, commands } => {
+                assert!(*store_time >= applied.store_time, "store time went back");
+                applied.store_time = *store_time;
+                let answer = |command: &Bytes| {
+                    list.push(command.clone());
+                    Bytes::from(list.len().to_string())
+                };
+                Ok(commands.iter().map(answer).collect())
+            }
+        }
+    }
+
+    fn query(&self, _query: Bytes) -> Result<Bytes, StorageError> {
+        Ok(Bytes::new())
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        Ok(())
+    }
+}
+
+struct Node {
+    consensus: Consensus,
+    list: Arc<List>,
+    serving: oneshot::Sender<()>,
+}
+
+impl Node {
+    async fn start(
+        id: u32,
+        members: &[v1::InitialMember],
+        engine: Arc<MemoryStorageEngine>,
+        listener: tokio::net::TcpListener,
+    ) -> Self {
+        let list = Arc::new(List::default());
+        let config = ConsensusConfig {
+            node_id: NodeId(id),
+            initial_cluster: members.to_vec(),
+            client_address: format!("client-{id}"),
+            application_address: String::new(),
+            timings: TIMINGS,
+            pending_bytes_max: 1 << 20,
+        };
+        let engine: Arc<dyn StorageEngine> = engine;
+        let (consensus, peers) =
+            Consensus::start(config, engine, list.clone(), Arc::new(Metrics::default())).await.unwrap();
+        let (serving, stopped) = oneshot::channel::<()>();
+        let serve = tonic::transport::Server::builder().add_service(peers).serve_with_incoming_shutdown(
+            TcpListenerStream::new(listener),
+            async {
+                let _ = stopped.await;
+            },
+        );
+        tokio::spawn(serve);
+        Self { consensus, list, serving }
+    }
+
+    async fn stop(self) {
+        self.consensus.stop().await;
+        let _ = self.serving.send(());
+    }
+}
+
+struct Cluster {
+    nodes: Vec<Node>,
+}
+
+impl Cluster {
+    async fn start(size: usize) -> Self {
+        let mut listeners = Vec::new();
+        for _ in 0..size {
+            listeners.push(tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap());
+        }
+        let members: Vec<_> = listeners
+            .iter()
+            .zip(1..)
+            .map(|(listener, id)| v1::InitialMember {
+                id,
+                address: listener.local_addr().unwrap().to_string(),
+                learner: false,
+            })
+            .collect();
+        let mut nodes = Vec::new();
+        for (listener, id) in listeners.into_iter().zip(1..) {
+            nodes.push(Node::start(id, &members, Arc::new(MemoryStorageEngine::default()), listener).await);
+        }
+        Self { nodes }
+    }
+
+    async fn leader(&self) -> &Node {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            if let Some(leader) = self.nodes.iter().find(|node| node.consensus.is_leader()) {
+                return leader;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "no leader");
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("in time")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_node_leads_and_answers() {
+    let cluster = Cluster::start(1).await;
+    let leader = cluster.leader().await;
+    assert_eq!(leader.consensus.propose(Bytes::from_static(b"a")).await.unwrap(), "1");
+    within(leader.consensus.confirm_read()).await.unwrap();
+    assert_eq!(leader.list.commands(), ["a"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_nodes_agree_and_a_follower_reads_what_was_acknowledged() {
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    let commands: Vec<Bytes> = (0..1000).map(|number: u32| Bytes::from(number.to_string())).collect();
+    let answers = futures_util::future::join_all(commands.iter().map(|c| leader.consensus.propose(c.clone())));
+    let mut counts: Vec<usize> = within(answers)
+        .await
+        .into_iter()
+        .map(|answer| String::from_utf8(answer.unwrap().to_vec()).unwrap().parse().unwrap())
+        .collect();
+    counts.sort_unstable();
+    assert_eq!(counts, (1..=1000).collect::<Vec<_>>(), "each command is applied once and answered with its own answer");
+    for node in &cluster.nodes {
+        within(node.consensus.confirm_read()).await.unwrap();
+        assert_eq!(node.list.commands(), leader.list.commands());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_on_a_follower_is_refused_and_every_node_names_the_leader() {
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await.consensus.leader().unwrap();
+    for node in &cluster.nodes {
+        let mut changes = node.consensus.leader_changes();
+        let known = *within(changes.wait_for(Option::is_some)).await.unwrap();
+        assert_eq!(known, Some(leader));
+        if node.consensus.node_id() != NodeId(leader.leader_id) {
+            let refused = within(node.consensus.propose(Bytes::from_static(b"x"))).await.unwrap_err();
+            assert_eq!(refused, ProposeError::NotLeader { leader: Some(NodeId(leader.leader_id)) });
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_ends_the_lease_for_good_and_the_successor_has_every_write() {
+    let cluster = Cluster::start(3).await;
+    let old = cluster.leader().await;
+    within(old.consensus.propose(Bytes::from_static(b"before"))).await.unwrap();
+    let reign = old.consensus.leader().unwrap();
+    let lease_seen = {
+        let consensus = old.consensus.clone();
+        tokio::spawn(async move {
+            consensus.transfer_leadership(PATIENCE).await;
+            consensus.is_leader()
+        })
+    };
+    assert!(!within(lease_seen).await.unwrap(), "a lease survived its transfer");
+    let new = cluster.leader().await;
+    assert_ne!(new.consensus.node_id(), old.consensus.node_id());
+    assert!(new.consensus.leader().unwrap().term > reign.term);
+    assert_eq!(new.list.commands(), ["before"]);
+    within(new.consensus.propose(Bytes::from_static(b"after"))).await.unwrap();
+    within(old.consensus.confirm_read()).await.unwrap();
+    assert_eq!(old.list.commands(), ["before", "after"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_without_a_quorum_stops_believing_in_itself() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await.consensus.node_id();
+    let index = cluster.nodes.iter().position(|node| node.consensus.node_id() == leader).unwrap();
+    let leader = cluster.nodes.swap_remove(index);
+    let mut changes = leader.consensus.leader_changes();
+    for follower in cluster.nodes.drain(..) {
+        follower.stop().await;
+    }
+    within(changes.wait_for(Option::is_none)).await.unwrap();
+    assert!(!leader.consensus.is_leader());
+    let refused = within(leader.consensus.confirm_read()).await.unwrap_err();
+    assert!(!matches!(refused, ReadIndexError::Overloaded { .. }), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_graceful_stop_hands_leadership_over_without_losing_a_write() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await.consensus.node_id();
+    let index = cluster.nodes.iter().position(|node| node.consensus.node_id() == leader).unwrap();
+    let leader = cluster.nodes.swap_remove(index);
+    within(leader.consensus.propose(Bytes::from_static(b"kept"))).await.unwrap();
+    within(leader.stop()).await;
+    let new = cluster.leader().await;
+    assert_eq!(new.list.commands(), ["kept"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_node_replays_its_log_and_keeps_its_identity() {
+    let engine = Arc::new(MemoryStorageEngine::default());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let members = [v1::InitialMember { id: 1, address: address.to_string(), learner: false }];
+    let node = Node::start(1, &members, engine.clone(), listener).await;
+    within(node.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
+    within(node.consensus.propose(Bytes::from_static(b"kept"))).await.unwrap();
+    let (cluster, term) = (node.consensus.cluster_id(), node.consensus.leader().unwrap().term);
+    node.stop().await;
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let node = Node::start(1, &members, engine, listener).await;
+    within(node.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
+    assert_eq!(node.consensus.cluster_id(), cluster);
+    assert!(node.consensus.leader().unwrap().term > term, "every reign has a term of its own");
+    assert_eq!(node.list.commands(), ["kept"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_nodes_directory_is_refused() {
+    let engine = Arc::new(MemoryStorageEngine::default());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false }];
+    Node::start(1, &members, engine.clone(), listener).await.stop().await;
+    let config = ConsensusConfig {
+        node_id: NodeId(2),
+        initial_cluster: vec![],
+        client_address: String::new(),
+        application_address: String::new(),
+        timings: TIMINGS,
+        pending_bytes_max: 1 << 20,
+    };
+    let engine: Arc<dyn StorageEngine> = engine;
+    let refused = Consensus::start(config, engine, Arc::<List>::default(), Arc::default()).await.err().unwrap();
+    assert!(matches!(refused, StartError::OtherNodesDirectory { expected: NodeId(2), found: NodeId(1) }), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn proposals_past_the_bound_are_refused_at_once() {
+    let cluster = Cluster::start(1).await;
+    let leader = cluster.leader().await;
+    let refused = leader.consensus.propose(Bytes::from(vec![0; 2 << 20])).await.unwrap_err();
+    assert_eq!(refused, ProposeError::Overloaded { pending_bytes_max: 1 << 20 });
+    leader.consensus.propose(Bytes::from(vec![0; 600 << 10])).await.unwrap();
+}

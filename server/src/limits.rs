@@ -1,0 +1,144 @@
+//! Every bound of the server, with its unit in its name, and how the bounds relate.
+//!
+//! What is part of the protocol stands in `d_engine_proto::limits`; what an operator may choose has its default here
+//! and is checked by `config`. A bound that depends on another is related to it by an assertion below, so that
+//! changing one of them alone does not compile.
+
+use std::time::Duration;
+
+use d_engine_proto::limits as protocol;
+
+/// Bytes of an encoded request, its keys and values included.
+#[expect(clippy::cast_possible_truncation, reason = "asserted below")]
+pub const REQUEST_BYTES_MAX: usize = protocol::REQUEST_BYTES_MAX as usize;
+
+/// Bytes of a message from a client. The margin above [`REQUEST_BYTES_MAX`] lets a request that is slightly too
+/// large reach the check that can name what is wrong with it.
+pub const CLIENT_MESSAGE_BYTES_MAX: usize = REQUEST_BYTES_MAX + 64 * 1024;
+
+/// Bytes of a message between members.
+pub const PEER_MESSAGE_BYTES_MAX: usize = 8 << 20;
+
+/// Bytes of the commands that share a log entry. A single command may exceed it, up to [`REQUEST_BYTES_MAX`].
+pub const BATCH_BYTES_MAX: usize = 1 << 20;
+
+/// Commands that share a log entry. Keeps the time to apply one entry far below a heartbeat.
+pub const BATCH_COMMANDS_MAX: usize = 8192;
+
+/// Log entries proposed and not yet applied. One in flight costs 15 to 30 % of the throughput; beyond 16 nothing is
+/// gained.
+pub const ENTRIES_IN_FLIGHT_MAX: usize = 16;
+
+/// Linearizable reads that wait for the confirmation of leadership they share.
+pub const READS_WAITING_MAX: usize = 65_536;
+
+/// Default of `raft.backpressure.max_pending_bytes`: bytes of proposals that wait for their answer.
+pub const PENDING_BYTES_DEFAULT: usize = 64 << 20;
+
+/// Smallest `raft.backpressure.max_pending_bytes`: less would leave the pipeline of entries unfilled.
+pub const PENDING_BYTES_MIN: usize = 4 << 20;
+
+/// Default of `network.connections_max`. An idle connection costs some ten kilobytes.
+pub const CONNECTIONS_MAX_DEFAULT: usize = 16_384;
+
+/// Open files kept for storage, peers and the monitoring port; connections may use the rest.
+pub const FILES_RESERVED: usize = 512;
+
+/// Default of `network.streams_per_connection_max`: calls in flight on one connection. A client that starts more
+/// waits, as HTTP/2 provides.
+pub const STREAMS_PER_CONNECTION_DEFAULT: u32 = 4096;
+
+/// Flow-control window of one call: a request of any size in one go.
+pub const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+
+/// Flow-control window of a connection.
+pub const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// Bytes of the headers of one request.
+pub const HEADER_BYTES_MAX: u32 = 16 * 1024;
+
+/// Streams a client may have reset before the server has looked at them; more close the connection.
+pub const PENDING_RESETS_MAX: usize = 1024;
+
+/// How often a silent connection is probed.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long the answer to a probe may take before the connection is closed.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long calls in flight may take to end when the server stops.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Default of `network.call_timeout_ms`: the deadline of a call whose client names none.
+pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+
+/// The longest deadline a call can have; a client that asks for more gets this.
+pub const CALL_TIMEOUT_MAX: Duration = Duration::from_secs(60);
+
+/// Requests and connections to the monitoring port at the same time.
+pub const MONITORING_REQUESTS_MAX: usize = 64;
+
+/// Default of `raft.read_consistency.lease_duration_ms`.
+pub const LEASE_MS_DEFAULT: u64 = 250;
+
+/// Shortest lease: a fifth of it is the pause between heartbeats, and disks take milliseconds to acknowledge.
+pub const LEASE_MS_MIN: u64 = 50;
+
+/// Longest of all Raft times: nobody waits longer for a new leader on purpose.
+pub const RAFT_TIME_MS_MAX: u64 = 60_000;
+
+/// Shortest pause between two heartbeats.
+pub const HEARTBEAT_MS_MIN: u64 = 10;
+
+/// Heartbeats that fit in the shortest election timeout at least: one or two may be lost without an election.
+pub const HEARTBEATS_PER_ELECTION_MIN: u64 = 3;
+
+/// Heartbeats that fit in one lease at least: it must not lapse between two of them.
+pub const HEARTBEATS_PER_LEASE_MIN: u64 = 2;
+
+/// Heartbeats in one lease, or in the shortest election timeout if that is shorter, unless configured.
+pub const HEARTBEATS_PER_LEASE_DEFAULT: u64 = 5;
+
+/// How far the rates of two members' clocks may differ, in percent.
+pub const CLOCK_DRIFT_PERCENT_MAX: u64 = 5;
+
+/// The shortest maximum election timeout, exclusive, that is safe with a lease: a voter that acknowledged the leader
+/// grants no other vote for the maximum election timeout by its own clock, so the lease, measured by a slower clock,
+/// must be over before.
+#[must_use]
+pub const fn election_timeout_max_ms_above(lease_ms: u64) -> u64 {
+    (lease_ms * (100 + CLOCK_DRIFT_PERCENT_MAX)).div_ceil(100)
+}
+
+/// The default of the maximum election timeout, for the larger of lease and minimum election timeout.
+#[must_use]
+pub const fn election_timeout_max_ms_default(lease_or_min_ms: u64) -> u64 {
+    lease_or_min_ms + lease_or_min_ms.div_ceil(2)
+}
+
+const _: () = {
+    assert!(protocol::REQUEST_BYTES_MAX <= u32::MAX as u64, "the constant above must not truncate");
+    // A key, and a whole page of a range, fit in what a request or an answer may carry.
+    assert!(protocol::KEY_BYTES_MAX < protocol::REQUEST_BYTES_MAX);
+    // A log entry travels in one message, beside its neighbours and its envelope.
+    assert!(2 * BATCH_BYTES_MAX < PEER_MESSAGE_BYTES_MAX);
+    assert!(2 * CLIENT_MESSAGE_BYTES_MAX < PEER_MESSAGE_BYTES_MAX);
+    // The smallest budget still admits any request, and two full batches behind it.
+    assert!(CLIENT_MESSAGE_BYTES_MAX + 2 * BATCH_BYTES_MAX <= PENDING_BYTES_MIN);
+    assert!(PENDING_BYTES_MIN <= PENDING_BYTES_DEFAULT);
+    // By default every entry in flight can be full.
+    assert!(ENTRIES_IN_FLIGHT_MAX * BATCH_BYTES_MAX <= PENDING_BYTES_DEFAULT);
+    // A request never stalls half-way for window updates.
+    assert!(CLIENT_MESSAGE_BYTES_MAX <= STREAM_WINDOW_BYTES as usize);
+    assert!(STREAM_WINDOW_BYTES <= CONNECTION_WINDOW_BYTES);
+    // What a connection may have in flight can wait for one confirmation.
+    assert!(STREAMS_PER_CONNECTION_DEFAULT as usize <= READS_WAITING_MAX);
+    // The defaults follow their own rules, also at the smallest lease.
+    assert!(election_timeout_max_ms_above(LEASE_MS_MIN) < election_timeout_max_ms_default(LEASE_MS_MIN));
+    assert!(election_timeout_max_ms_above(LEASE_MS_DEFAULT) < election_timeout_max_ms_default(LEASE_MS_DEFAULT));
+    assert!(HEARTBEAT_MS_MIN * HEARTBEATS_PER_LEASE_DEFAULT <= LEASE_MS_MIN);
+    assert!(HEARTBEATS_PER_ELECTION_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
+    assert!(HEARTBEATS_PER_LEASE_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
+    assert!(CALL_TIMEOUT_DEFAULT.as_millis() <= CALL_TIMEOUT_MAX.as_millis());
+    assert!(KEEPALIVE_TIMEOUT.as_millis() < KEEPALIVE_INTERVAL.as_millis());
+};

@@ -1,0 +1,281 @@
+//! What a node counts and measures, for Prometheus. `docs/metrics.md` says what each metric means; a test compares
+//! the two.
+//!
+//! What happens is recorded as it happens; what *is*, such as an index, is asked for once per scrape ([`Figures`]),
+//! so that the hot paths carry no gauge.
+
+use std::time::Duration;
+
+use d_engine_proto::{LogIndex, Revision};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+use crate::clock::Moment;
+
+/// The metrics of one node. Recording takes no lock that another thread holds for long.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    started: Moment,
+    requests: Family<RequestLabels, Counter>,
+    request_duration: Family<MethodLabels, Histogram>,
+    connections: Gauge,
+    connections_refused: Counter,
+    term: Gauge,
+    is_leader: Gauge,
+    leader_changes: Counter,
+    batch_commands: Histogram,
+    log_write_duration: Histogram,
+    committed_index: Gauge,
+    applied_index: Gauge,
+    pending_bytes: Gauge,
+    revision: Gauge,
+    keys: Gauge,
+    resident_memory: Gauge,
+    open_files: Gauge,
+    uptime: Gauge,
+}
+
+/// What a scrape asks of the node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Last entry known to be committed.
+    pub committed: LogIndex,
+    /// Last entry applied.
+    pub applied: LogIndex,
+    /// Bytes of proposals that wait for their answer.
+    pub pending_bytes: usize,
+    /// Revision of the store.
+    pub revision: Revision,
+    /// Keys in the store.
+    pub keys: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    method: &'static str,
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MethodLabels {
+    method: &'static str,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// Metrics that start from zero, now.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut metrics = Self {
+            registry: Registry::with_prefix("d_engine"),
+            started: Moment::now(),
+            requests: Family::default(),
+            request_duration: Family::new_with_constructor(latencies),
+            connections: Gauge::default(),
+            connections_refused: Counter::default(),
+            term: Gauge::default(),
+            is_leader: Gauge::default(),
+            leader_changes: Counter::default(),
+            // 1 to 8192 commands.
+            batch_commands: Histogram::new(exponential_buckets(1.0, 2.0, 14)),
+            log_write_duration: latencies(),
+            committed_index: Gauge::default(),
+            applied_index: Gauge::default(),
+            pending_bytes: Gauge::default(),
+            revision: Gauge::default(),
+            keys: Gauge::default(),
+            resident_memory: Gauge::default(),
+            open_files: Gauge::default(),
+            uptime: Gauge::default(),
+        };
+        metrics.register();
+        metrics
+    }
+
+    // Counters get the suffix `_total` from the encoder.
+    fn register(&mut self) {
+        let registry = &mut self.registry;
+        registry.register("requests", "gRPC calls answered", self.requests.clone());
+        registry.register("request_duration_seconds", "Time to answer a gRPC call", self.request_duration.clone());
+        registry.register("connections", "Open gRPC connections", self.connections.clone());
+        let refused = self.connections_refused.clone();
+        registry.register("connections_refused", "Connections closed for being too many", refused);
+        registry.register("raft_term", "Current Raft term", self.term.clone());
+        registry.register("raft_is_leader", "1 while this node leads, else 0", self.is_leader.clone());
+        registry.register("raft_committed_index", "Last log entry known committed", self.committed_index.clone());
+        registry.register("raft_applied_index", "Last log entry applied", self.applied_index.clone());
+        registry.register("leader_changes", "Changes of the known leader, its loss included", self.leader_changes.clone());
+        let pending = self.pending_bytes.clone();
+        registry.register("proposals_pending_bytes", "Bytes of proposals that wait for their answer", pending);
+        registry.register("batch_commands", "Commands that shared a log entry", self.batch_commands.clone());
+        let log_write = self.log_write_duration.clone();
+        registry.register("log_write_duration_seconds", "Time of one group write to the log, fsync included", log_write);
+        registry.register("store_revision", "Revision of the store", self.revision.clone());
+        registry.register("store_keys", "Keys in the store", self.keys.clone());
+        registry.register("process_resident_memory_bytes", "Resident memory", self.resident_memory.clone());
+        registry.register("process_open_fds", "Open file descriptors", self.open_files.clone());
+        registry.register("process_uptime_seconds", "Time since the node started", self.uptime.clone());
+    }
+
+    /// A gRPC call was answered. Both labels come from fixed sets, so that no client can make new time series.
+    pub fn request(&self, method: &'static str, code: &'static str, elapsed: Duration) {
+        self.requests.get_or_create(&RequestLabels { method, code }).inc();
+        self.request_duration.get_or_create(&MethodLabels { method }).observe(elapsed.as_secs_f64());
+    }
+
+    /// A gRPC connection was accepted.
+    pub fn connection_opened(&self) {
+        self.connections.inc();
+    }
+
+    /// An accepted gRPC connection has ended.
+    pub fn connection_closed(&self) {
+        self.connections.dec();
+    }
+
+    /// A gRPC connection was closed at once, since there are too many.
+    pub fn connection_refused(&self) {
+        self.connections_refused.inc();
+    }
+
+    /// Raft's term and whether this node leads in it.
+    pub fn raft_role(&self, term: u64, is_leader: bool) {
+        self.term.set(saturating(term));
+        self.is_leader.set(i64::from(is_leader));
+    }
+
+    /// Another leader is known, or none is any more.
+    pub fn leader_changed(&self) {
+        self.leader_changes.inc();
+    }
+
+    /// An entry with this many commands was proposed.
+    #[expect(clippy::cast_precision_loss, reason = "a batch has thousands of commands at most")]
+    pub fn batch(&self, commands: usize) {
+        self.batch_commands.observe(commands as f64);
+    }
+
+    /// A group of log operations was written and made durable.
+    pub fn log_write(&self, elapsed: Duration) {
+        self.log_write_duration.observe(elapsed.as_secs_f64());
+    }
+
+    /// Everything, in the text format of OpenMetrics.
+    ///
+    /// # Errors
+    /// Never in practice: writing to a string does not fail.
+    pub fn encode(&self, figures: &Figures) -> Result<String, std::fmt::Error> {
+        self.committed_index.set(saturating(figures.committed.get()));
+        self.applied_index.set(saturating(figures.applied.get()));
+        self.pending_bytes.set(saturating(figures.pending_bytes as u64));
+        self.revision.set(saturating(figures.revision.get()));
+        self.keys.set(saturating(figures.keys));
+        self.resident_memory.set(saturating(resident_memory_bytes().unwrap_or(0)));
+        self.open_files.set(saturating(open_files().unwrap_or(0)));
+        self.uptime.set(saturating(Moment::now().since(self.started).as_secs()));
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+/// 50 µs to 6.5 s: from an fsync on a good disk to a call that runs into its default deadline.
+fn latencies() -> Histogram {
+    Histogram::new(exponential_buckets(50e-6, 2.0, 18))
+}
+
+fn saturating(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// `None` where the system has no `/proc`.
+fn resident_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+fn open_files() -> Option<u64> {
+    // One of them is the listing itself.
+    std::fs::read_dir("/proc/self/fd").ok().map(|files| (files.count() as u64).saturating_sub(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn scrape(metrics: &Metrics) -> String {
+        metrics.encode(&Figures { revision: Revision(42), keys: 7, ..Figures::default() }).unwrap()
+    }
+
+    #[test]
+    fn what_was_recorded_is_scraped() {
+        let metrics = Metrics::new();
+        metrics.request("Kv/Put", "Ok", Duration::from_millis(3));
+        metrics.request("Kv/Put", "NotLeader", Duration::from_millis(3));
+        metrics.raft_role(9, true);
+        metrics.leader_changed();
+        metrics.batch(100);
+        metrics.log_write(Duration::from_millis(1));
+        let text = scrape(&metrics);
+        for line in [
+            "d_engine_requests_total{method=\"Kv/Put\",code=\"Ok\"} 1",
+            "d_engine_requests_total{method=\"Kv/Put\",code=\"NotLeader\"} 1",
+            "d_engine_request_duration_seconds_count{method=\"Kv/Put\"} 2",
+            "d_engine_raft_term 9",
+            "d_engine_raft_is_leader 1",
+            "d_engine_leader_changes_total 1",
+            "d_engine_batch_commands_bucket{le=\"128.0\"} 1",
+            "d_engine_batch_commands_bucket{le=\"64.0\"} 0",
+            "d_engine_log_write_duration_seconds_count 1",
+            "d_engine_store_revision 42",
+            "d_engine_store_keys 7",
+        ] {
+            assert!(text.lines().any(|found| found == line), "`{line}` is missing in\n{text}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_process_is_measured() {
+        assert!(resident_memory_bytes().unwrap() > 100_000);
+        assert!(open_files().unwrap() >= 3);
+    }
+
+    #[test]
+    fn the_document_lists_exactly_the_metrics_there_are() {
+        let text = scrape(&Metrics::new());
+        let counters = |kind: &str| if kind == "counter" { "_total" } else { "" };
+        let registered: BTreeSet<String> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '))
+            .map(|(name, kind)| format!("{name}{} {kind}", counters(kind)))
+            .collect();
+        let document = include_str!("../../docs/metrics.md");
+        let documented: BTreeSet<String> = document
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `d_engine_"))
+            .map(|line| {
+                let mut cells = line.split('|').map(str::trim);
+                let (name, kind) = (cells.next().unwrap(), cells.next().unwrap());
+                let name = name.split(['`', '{']).next().unwrap();
+                format!("d_engine_{name} {kind}")
+            })
+            .collect();
+        assert_eq!(registered, documented);
+        assert!(registered.len() > 10);
+    }
+}
