@@ -1,1 +1,55 @@
+//! The smart client of d-engine: it finds the members and the leader, keeps every call within one deadline, repeats
+//! what may be repeated, and says truthfully what became of the rest.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), d_engine_client::Error> {
+//! use d_engine_client::{Client, Outcome};
+//!
+//! let client = Client::builder().endpoints(["127.0.0.1:9081"]).connect().await?;
+//! match client.put("greeting", "hello").await {
+//!     Ok(answer) => println!("written at revision {}", answer.header.revision),
+//!     Err(error) if error.outcome() == Outcome::Unknown => println!("read it before writing again: {error}"),
+//!     Err(error) => println!("not written: {error}"),
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! From top to bottom: a request (`read`, `write`, `range`, `txn`, `cluster`) becomes a protocol message and a plan;
+//! `call` makes attempts until one succeeds, `retry` says that it must not go on, or the deadline passes; `topology`
+//! picks the node of each attempt; `connection` has the channels, and `gate` proves what was not sent.
+//!
+//! The client never depends on the server, and a language binding adds nothing to its semantics.
 
+mod call;
+mod client;
+mod cluster;
+mod connection;
+mod error;
+mod gate;
+mod kv;
+mod options;
+mod range;
+mod read;
+mod retry;
+mod stats;
+mod topology;
+mod txn;
+mod wire;
+mod write;
+
+pub use client::Client;
+pub use cluster::{Header, Leader, Member, MemberRole, Members, NodeRole, NodeStatus};
+pub use error::{Error, ErrorKind, Outcome};
+pub use kv::{IntoBytes, KeyRange, KeyValue};
+pub use options::ClientBuilder;
+pub use range::{Pages, Range, RangeResponse};
+pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};
+pub use stats::Stats;
+pub use txn::{Compare, Op, Relation, Txn, TxnCall, TxnResponse, TxnResult};
+pub use write::{
+    CompareAndSwap, CompareAndSwapResponse, Delete, DeleteRange, DeleteRangeResponse, DeleteResponse, Put, PutResponse,
+};
+
+pub use bytes::Bytes;
+pub use d_engine_proto::{Epoch, LeaseId, LogIndex, NodeId, Revision, Term};

@@ -1,0 +1,365 @@
+//! One call: attempts within one deadline, each to the node that the topology picks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use d_engine_proto::{DetailedStatus, ErrorCode, v1};
+use tokio::time::Instant;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic_prost::ProstCodec;
+use tracing::Instrument;
+
+use crate::client::{Client, Shared};
+use crate::cluster::Leader;
+use crate::error::{Error, ErrorKind, Outcome};
+use crate::gate::{Gate, GatedChannel};
+use crate::options::bounded;
+use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
+use crate::topology::{Address, Pick, Route};
+use crate::wire::Unary;
+
+/// Bytes of an answer; what is larger is refused instead of filling the memory.
+const REPLY_BYTES_MAX: usize = 64 << 20;
+/// An attempt that takes longer makes the client ask whether somebody else leads by now. A node is not backed off for
+/// having less time than this.
+const SUSPECT_AFTER: Duration = Duration::from_millis(300);
+/// An attempt of a read gets this part of the call's timeout, so that others get a chance if its node is silent.
+const READ_ATTEMPTS: u32 = 4;
+
+/// How a call is to be served.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) route: Route,
+    pub(crate) resend: Resend,
+    pub(crate) timeout: Duration,
+}
+
+/// Why no node could be chosen.
+enum Unchosen {
+    Deadline,
+    Closed,
+    /// Whoever answers belongs to another cluster.
+    Foreign(String),
+}
+
+impl Client {
+    /// Makes a call, as often as it takes and the deadline allows.
+    pub(crate) async fn call<R: Unary>(&self, request: R, plan: Plan) -> Result<R::Reply, Error> {
+        let span = tracing::debug_span!("d_engine_call", operation = R::OPERATION);
+        let result = self.shared().call(request, plan).instrument(span).await;
+        if let Err(error) = &result {
+            self.shared().counters.failures.add();
+            if error.outcome() == Outcome::Unknown {
+                self.shared().counters.unknown_outcomes.add();
+            }
+        }
+        result
+    }
+
+    /// Makes a call to one node, once. Only for calls that change nothing.
+    pub(crate) async fn call_node<R: Unary>(
+        &self,
+        address: &str,
+        request: R,
+        timeout: Duration,
+    ) -> Result<R::Reply, Error> {
+        let address = Address::parse(address).map_err(|message| Error::invalid(R::OPERATION, message))?;
+        let shared = self.shared();
+        shared.counters.calls.add();
+        shared.attempt(&address, request, Instant::now() + bounded(timeout)).await.map_err(|failure| {
+            shared.counters.failures.add();
+            failure.into_error(R::OPERATION, Resend::Idempotent, address.as_str())
+        })
+    }
+}
+
+impl Shared {
+    async fn call<R: Unary>(&self, request: R, plan: Plan) -> Result<R::Reply, Error> {
+        let timeout = bounded(plan.timeout);
+        let deadline = Instant::now() + timeout;
+        self.counters.calls.add();
+        self.state.lock().budget.deposit();
+        let mut tried = Vec::new();
+        let mut retries = 0;
+        let mut last: Option<(Address, Failure)> = None;
+        loop {
+            let address = match self.choose(plan.route, &tried, deadline).await {
+                Ok(address) => address,
+                Err(Unchosen::Closed) => return Err(closed::<R>()),
+                Err(Unchosen::Deadline) => return Err(self.spent::<R>(timeout, retries, last, plan)),
+                Err(Unchosen::Foreign(message)) => {
+                    return Err(Error::new(R::OPERATION, ErrorKind::WrongCluster, Outcome::NotApplied, message));
+                }
+            };
+            let attempt_deadline = match plan.resend {
+                Resend::Idempotent => deadline.min(Instant::now() + timeout / READ_ATTEMPTS),
+                Resend::IfNotApplied => deadline,
+            };
+            let failure = match self.attempt(&address, request.clone(), attempt_deadline).await {
+                Ok(reply) => return Ok(reply),
+                Err(failure) => failure,
+            };
+            let redirected = self.note_failure(&address, &failure);
+            let Decision::Retry { elsewhere, at_least } = decide(&failure, plan.resend) else {
+                return Err(failure.into_error(R::OPERATION, plan.resend, address.as_str()));
+            };
+            let pause = {
+                let mut state = self.state.lock();
+                if !state.budget.withdraw(Instant::now()) {
+                    self.counters.budget_exhausted.add();
+                    return Err(failure.into_error(R::OPERATION, plan.resend, address.as_str()));
+                }
+                if redirected { Duration::ZERO } else { at_least.max(backoff(retries, &mut state.rng)) }
+            };
+            tracing::debug!(%address, cause = failure.message(), ?pause, "retrying");
+            self.counters.retries.add();
+            retries += 1;
+            if elsewhere && !tried.contains(&address) {
+                tried.push(address.clone());
+            }
+            last = Some((address, failure));
+            if Instant::now() + pause >= deadline {
+                return Err(self.spent::<R>(timeout, retries, last, plan));
+            }
+            if !pause.is_zero() {
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = self.closed.cancelled() => return Err(closed::<R>()),
+                }
+            }
+        }
+    }
+
+    /// Waits until there is a node to ask.
+    async fn choose(&self, route: Route, tried: &[Address], deadline: Instant) -> Result<Address, Unchosen> {
+        let mut asked_for_news = false;
+        loop {
+            // Created before looking, so that no change after the look is missed.
+            let changed = self.changed.notified();
+            let now = Instant::now();
+            if self.closed.is_cancelled() {
+                return Err(Unchosen::Closed);
+            }
+            if now >= deadline {
+                return Err(Unchosen::Deadline);
+            }
+            let until = {
+                let state = &mut *self.state.lock();
+                match state.topology.pick(route, tried, now, &mut state.rng) {
+                    Pick::Node(address) => return Ok(address),
+                    Pick::Wait(until) => {
+                        if let Some(foreign) = state.topology.estranged() {
+                            return Err(Unchosen::Foreign(foreign.to_owned()));
+                        }
+                        until.map_or(deadline, |until| until.min(deadline))
+                    }
+                }
+            };
+            if !asked_for_news {
+                asked_for_news = true;
+                self.refresh.notify_one();
+            }
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep_until(until) => {}
+                () = self.closed.cancelled() => return Err(Unchosen::Closed),
+            }
+        }
+    }
+
+    /// Sends a request to one node, once.
+    pub(crate) async fn attempt<R: Unary>(
+        &self,
+        address: &Address,
+        request: R,
+        deadline: Instant,
+    ) -> Result<R::Reply, Failure> {
+        let started = Instant::now();
+        let _in_flight = InFlight::begin(self, address);
+        let connection = tokio::select! {
+            connected = self.connections.get(address) => connected.map_err(Failure::NotSent)?,
+            () = tokio::time::sleep_until(deadline) => {
+                return Err(Failure::Silent { sent: false, after: started.elapsed() });
+            }
+            () = self.closed.cancelled() => return Err(Failure::Closed { sent: false }),
+        };
+
+        let gate = Arc::new(Gate::default());
+        let channel = GatedChannel { channel: connection.channel.clone(), gate: Arc::clone(&gate) };
+        let exchange = exchange(channel, request, deadline);
+        let answer = tokio::select! {
+            answer = exchange => answer,
+            () = self.suspect_until(deadline) => {
+                return Err(Failure::Silent { sent: !gate.close(), after: started.elapsed() });
+            }
+            () = self.closed.cancelled() => return Err(Failure::Closed { sent: !gate.close() }),
+        };
+        match answer {
+            Ok(reply) => {
+                let header = R::header(&reply).copied().unwrap_or_default();
+                match self.state.lock().topology.answered(address, &header, started.elapsed()) {
+                    Ok(()) => Ok(reply),
+                    Err(foreign) => Err(Failure::Foreign(foreign.0)),
+                }
+            }
+            Err(status) => {
+                let failure = classify(status, &gate, started.elapsed());
+                if matches!(failure, Failure::NotSent(_) | Failure::Lost(_)) {
+                    self.connections.discard(address, &connection);
+                }
+                Err(failure)
+            }
+        }
+    }
+
+    /// Ends at the deadline. Until then it asks for news of the cluster as long as an answer is overdue.
+    async fn suspect_until(&self, deadline: Instant) {
+        loop {
+            let suspect_at = Instant::now() + SUSPECT_AFTER;
+            if suspect_at >= deadline {
+                return tokio::time::sleep_until(deadline).await;
+            }
+            tokio::time::sleep_until(suspect_at).await;
+            self.refresh.notify_one();
+        }
+    }
+
+    /// Takes note of what a failed attempt says of its node. True if it told of another leader.
+    pub(crate) fn note_failure(&self, address: &Address, failure: &Failure) -> bool {
+        let now = Instant::now();
+        let state = &mut *self.state.lock();
+        match failure {
+            // That says more about the caller's deadline than about the node.
+            Failure::Silent { after, .. } if *after < SUSPECT_AFTER => false,
+            Failure::NotSent(_) | Failure::Lost(_) | Failure::Silent { .. } | Failure::Foreign(_) => {
+                state.topology.failed(address, failure.message(), now, &mut state.rng);
+                self.refresh.notify_one();
+                false
+            }
+            Failure::Closed { .. } => false,
+            Failure::Refused(status) => self.note_refusal(address, status, state, now),
+        }
+    }
+
+    /// The error of a call whose budget is spent between two attempts, with the failure of the last one as its reason.
+    fn spent<R: Unary>(&self, timeout: Duration, retries: u32, last: Option<(Address, Failure)>, plan: Plan) -> Error {
+        let kind = ErrorKind::DeadlineExceeded;
+        let Some((address, failure)) = last else {
+            let what = match plan.route {
+                Route::Leader => "no leader became known",
+                Route::PreferLeader | Route::Any => "no node could be asked",
+            };
+            let problems = self.state.lock().topology.problems();
+            let why = if problems.is_empty() { String::new() } else { format!(": {}", problems.join("; ")) };
+            let message = format!("{what} within {timeout:?}{why}");
+            return Error::new(R::OPERATION, kind, Outcome::NotApplied, message);
+        };
+        let message = format!("{timeout:?} are over after {retries} retries; at last: {}", failure.message());
+        let cause = failure.into_error(R::OPERATION, plan.resend, address.as_str());
+        Error::new(R::OPERATION, kind, Outcome::NotApplied, message)
+            .at(address.as_str())
+            .with_leader(cause.leader().cloned())
+            .with_source(Some(Arc::new(cause)))
+    }
+
+    fn note_refusal(
+        &self,
+        address: &Address,
+        status: &DetailedStatus,
+        state: &mut crate::client::State,
+        now: Instant,
+    ) -> bool {
+        match status.code() {
+            Some(ErrorCode::NotLeader) => {
+                self.counters.redirects.add();
+                state.topology.denied(address, now);
+            }
+            Some(ErrorCode::Unavailable | ErrorCode::Internal | ErrorCode::LeadershipLost) => {
+                state.topology.denied(address, now);
+                state.topology.failed(address, &status.message, now, &mut state.rng);
+            }
+            _ => return false,
+        }
+        let news = status.detail.leader.clone().is_some_and(|hint| state.topology.hint(Leader::from(hint), now));
+        if news {
+            self.changed.notify_waiters();
+        } else {
+            self.refresh.notify_one();
+        }
+        news
+    }
+}
+
+/// Sends the request and waits for the answer.
+async fn exchange<R: Unary>(channel: GatedChannel, request: R, deadline: Instant) -> Result<R::Reply, tonic::Status> {
+    let mut grpc = Grpc::new(channel).max_decoding_message_size(REPLY_BYTES_MAX);
+    grpc.ready().await.map_err(|error| tonic::Status::unavailable(Cause::of(error).message))?;
+    let mut request = tonic::Request::new(request);
+    request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    let codec = ProstCodec::<R, R::Reply>::default();
+    let reply = grpc.unary(request, PathAndQuery::from_static(R::PATH), codec).await?;
+    Ok(reply.into_inner())
+}
+
+/// What a status says for certain.
+fn classify(status: tonic::Status, gate: &Gate, after: Duration) -> Failure {
+    if let Some(detailed) = DetailedStatus::from_status(&status) {
+        return Failure::Refused(Box::new(detailed));
+    }
+    let sent = !gate.close();
+    if status.code() == tonic::Code::DeadlineExceeded || is_timeout(&status) {
+        return Failure::Silent { sent, after };
+    }
+    if !sent {
+        return Failure::NotSent(Cause::of_status(status));
+    }
+    match status.code() {
+        // Nobody executes a method he does not have.
+        tonic::Code::Unimplemented => {
+            let detail = v1::ErrorDetail {
+                code: ErrorCode::Unsupported.number(),
+                outcome: v1::Outcome::NotApplied as i32,
+                ..v1::ErrorDetail::default()
+            };
+            Failure::Refused(Box::new(DetailedStatus { message: status.message().to_owned(), detail }))
+        }
+        _ => Failure::Lost(Cause::of_status(status)),
+    }
+}
+
+/// Whether the transport's own timer, set to the attempt's deadline too, ended the attempt.
+fn is_timeout(status: &tonic::Status) -> bool {
+    let mut next = std::error::Error::source(status);
+    while let Some(source) = next {
+        if source.is::<tonic::TimeoutExpired>() {
+            return true;
+        }
+        next = source.source();
+    }
+    // The timer of a server's transport comes as text only.
+    status.code() == tonic::Code::Cancelled && status.message() == "Timeout expired"
+}
+
+fn closed<R: Unary>() -> Error {
+    Error::new(R::OPERATION, ErrorKind::Closed, Outcome::NotApplied, "the client was closed")
+}
+
+/// Counts an attempt as in flight until it ends, also by being dropped.
+struct InFlight<'a> {
+    shared: &'a Shared,
+    address: &'a Address,
+}
+
+impl<'a> InFlight<'a> {
+    fn begin(shared: &'a Shared, address: &'a Address) -> Self {
+        shared.state.lock().topology.begin(address);
+        Self { shared, address }
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.shared.state.lock().topology.end(self.address);
+    }
+}

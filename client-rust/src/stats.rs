@@ -1,0 +1,64 @@
+//! Counters of one client.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What a client did since it was built.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Calls begun.
+    pub calls: u64,
+    /// Calls that ended with an error.
+    pub failures: u64,
+    /// Failed calls among them whose outcome is unknown.
+    pub unknown_outcomes: u64,
+    /// Attempts beyond the first of their call.
+    pub retries: u64,
+    /// Answers that sent a call from a node that does not lead to another one.
+    pub redirects: u64,
+    /// Retries not made because the retry budget was used up.
+    pub budget_exhausted: u64,
+    /// Leaders or terms that took the place of one known before.
+    pub leader_changes: u64,
+    /// Rounds in which the members were asked for.
+    pub refreshes: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) calls: Counter,
+    pub(crate) failures: Counter,
+    pub(crate) unknown_outcomes: Counter,
+    pub(crate) retries: Counter,
+    pub(crate) redirects: Counter,
+    pub(crate) budget_exhausted: Counter,
+    pub(crate) refreshes: Counter,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Counters {
+    pub(crate) fn snapshot(&self, leader_changes: u64) -> Stats {
+        Stats {
+            calls: self.calls.get(),
+            failures: self.failures.get(),
+            unknown_outcomes: self.unknown_outcomes.get(),
+            retries: self.retries.get(),
+            redirects: self.redirects.get(),
+            budget_exhausted: self.budget_exhausted.get(),
+            leader_changes,
+            refreshes: self.refreshes.get(),
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Writes of single keys and intervals.
+//!
+//! A write is sent again only if it was certainly not applied. What is left is told by the outcome of the error.
+
+use std::future::IntoFuture;
+use std::time::Duration;
+
+use d_engine_proto::{LeaseId, v1};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
+use crate::call::Plan;
+use crate::client::Client;
+use crate::cluster::Header;
+use crate::error::Error;
+use crate::kv::{IntoBytes, KeyRange, KeyValue};
+use crate::retry::Resend;
+use crate::topology::Route;
+use crate::wire::Unary;
+
+/// Implements awaiting for a write that wraps its protocol message.
+macro_rules! write_request {
+    ($(#[$doc:meta])* $name:ident($message:ident) -> $response:ident { $($methods:tt)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug)]
+        #[must_use = "a request is sent when awaited"]
+        pub struct $name {
+            client: Client,
+            request: v1::$message,
+            timeout: Duration,
+        }
+
+        impl $name {
+            fn of(client: &Client, request: v1::$message) -> Self {
+                Self { client: client.clone(), request, timeout: client.options().call_timeout }
+            }
+
+            /// Budget of this call, all attempts included.
+            pub fn timeout(mut self, timeout: Duration) -> Self {
+                self.timeout = timeout;
+                self
+            }
+
+            $($methods)*
+        }
+
+        impl IntoFuture for $name {
+            type Output = Result<$response, Error>;
+            type IntoFuture = BoxFuture<'static, Self::Output>;
+
+            fn into_future(self) -> Self::IntoFuture {
+                async move { write(&self.client, self.request, self.timeout).await.map($response::from) }.boxed()
+            }
+        }
+    };
+}
+
+/// Sends a request that changes the store.
+pub(crate) async fn write<R: Unary>(client: &Client, request: R, timeout: Duration) -> Result<R::Reply, Error> {
+    client.call(request, Plan { route: Route::Leader, resend: Resend::IfNotApplied, timeout }).await
+}
+
+write_request! {
+    /// A write of one key; await it to send it.
+    Put(PutRequest) -> PutResponse {
+        /// Returns what the key held before.
+        pub fn return_previous(mut self) -> Self {
+            self.request.return_previous = true;
+            self
+        }
+
+        /// Attaches the key to a lease.
+        pub fn lease(mut self, lease: LeaseId) -> Self {
+            self.request.lease = lease.get();
+            self
+        }
+    }
+}
+
+/// What a put did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PutResponse {
+    /// Who answered, and the revision of this write.
+    pub header: Header,
+    /// What the key held before, if it existed and was asked for.
+    pub previous: Option<KeyValue>,
+}
+
+impl From<v1::PutResponse> for PutResponse {
+    fn from(response: v1::PutResponse) -> Self {
+        Self { header: response.header.unwrap_or_default().into(), previous: response.previous.map(KeyValue::from) }
+    }
+}
+
+write_request! {
+    /// A deletion of one key; await it to send it.
+    Delete(DeleteRequest) -> DeleteResponse {
+        /// Returns what the key held before.
+        pub fn return_previous(mut self) -> Self {
+            self.request.return_previous = true;
+            self
+        }
+    }
+}
+
+/// What a delete did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeleteResponse {
+    /// Who answered, and the revision after the deletion.
+    pub header: Header,
+    /// Whether the key existed.
+    pub deleted: bool,
+    /// What the key held before, if it existed and was asked for.
+    pub previous: Option<KeyValue>,
+}
+
+impl From<v1::DeleteResponse> for DeleteResponse {
+    fn from(response: v1::DeleteResponse) -> Self {
+        Self {
+            header: response.header.unwrap_or_default().into(),
+            deleted: response.deleted,
+            previous: response.previous.map(KeyValue::from),
+        }
+    }
+}
+
+write_request! {
+    /// A deletion of an interval of keys; await it to send it.
+    DeleteRange(DeleteRangeRequest) -> DeleteRangeResponse {
+        /// Returns what the keys held before.
+        pub fn return_previous(mut self) -> Self {
+            self.request.return_previous = true;
+            self
+        }
+    }
+}
+
+/// What a delete of an interval did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeleteRangeResponse {
+    /// Who answered, and the revision after the deletion.
+    pub header: Header,
+    /// Number of keys deleted.
+    pub deleted: u64,
+    /// What they held before, if asked for.
+    pub previous: Vec<KeyValue>,
+}
+
+impl From<v1::DeleteRangeResponse> for DeleteRangeResponse {
+    fn from(response: v1::DeleteRangeResponse) -> Self {
+        Self {
+            header: response.header.unwrap_or_default().into(),
+            deleted: response.deleted,
+            previous: response.previous.into_iter().map(KeyValue::from).collect(),
+        }
+    }
+}
+
+write_request! {
+    /// A write on condition of what the key holds; await it to send it.
+    CompareAndSwap(CompareAndSwapRequest) -> CompareAndSwapResponse {
+        /// Attaches the key to a lease.
+        pub fn lease(mut self, lease: LeaseId) -> Self {
+            self.request.lease = lease.get();
+            self
+        }
+    }
+}
+
+/// What a compare-and-swap did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompareAndSwapResponse {
+    /// Who answered, and the revision of the write or, on failure, of the comparison.
+    pub header: Header,
+    /// Whether the key held what was expected, and holds the new value now.
+    pub succeeded: bool,
+    /// On failure, what the key holds; `None` if it does not exist.
+    pub current: Option<KeyValue>,
+}
+
+impl From<v1::CompareAndSwapResponse> for CompareAndSwapResponse {
+    fn from(response: v1::CompareAndSwapResponse) -> Self {
+        Self {
+            header: response.header.unwrap_or_default().into(),
+            succeeded: response.succeeded,
+            current: response.current.map(KeyValue::from),
+        }
+    }
+}
+
+impl Client {
+    /// Writes one key. Acknowledged means: replicated, and durable as the server's persistence policy says.
+    ///
+    /// Dropping the future leaves the outcome unknown.
+    ///
+    /// ```no_run
+    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// let answer = client.put("greeting", "hello").return_previous().await?;
+    /// println!("revision {}, before: {:?}", answer.header.revision, answer.previous);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidArgument`, `ResourceExhausted`, `LeadershipLost`, `Unavailable`, `DeadlineExceeded`, `WrongCluster`,
+    /// `Closed`. Ask [`Error::outcome`] whether the write took effect.
+    pub fn put(&self, key: impl IntoBytes, value: impl IntoBytes) -> Put {
+        let request =
+            v1::PutRequest { key: key.into_bytes(), value: value.into_bytes(), lease: 0, return_previous: false };
+        Put::of(self, request)
+    }
+
+    /// Deletes one key. Deleting nothing succeeds.
+    ///
+    /// Dropping the future leaves the outcome unknown.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn delete(&self, key: impl IntoBytes) -> Delete {
+        Delete::of(self, v1::DeleteRequest { key: key.into_bytes(), return_previous: false })
+    }
+
+    /// Deletes all keys of an interval, as one change.
+    ///
+    /// Dropping the future leaves the outcome unknown.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn delete_range(&self, range: KeyRange) -> DeleteRange {
+        DeleteRange::of(self, v1::DeleteRangeRequest { range: Some(range.into()), return_previous: false })
+    }
+
+    /// Writes `value` if the key holds `expected`; with `None`, if the key does not exist. A comparison that fails is
+    /// an answer, not an error.
+    ///
+    /// Dropping the future leaves the outcome unknown.
+    ///
+    /// ```no_run
+    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// let created = client.compare_and_swap("counter", None::<&[u8]>, "1").await?.succeeded;
+    /// let swapped = client.compare_and_swap("counter", Some("1"), "2").await?.succeeded;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn compare_and_swap(
+        &self,
+        key: impl IntoBytes,
+        expected: Option<impl IntoBytes>,
+        value: impl IntoBytes,
+    ) -> CompareAndSwap {
+        let request = v1::CompareAndSwapRequest {
+            key: key.into_bytes(),
+            expected: expected.map(IntoBytes::into_bytes),
+            value: value.into_bytes(),
+            lease: 0,
+        };
+        CompareAndSwap::of(self, request)
+    }
+}
