@@ -123,10 +123,10 @@ impl Cluster {
         self.network.as_ref()
     }
 
-    /// Where clients reach the nodes, as `http://host:port`.
+    /// Where clients reach the nodes, as `host:port`.
     #[must_use]
-    pub fn endpoints(&self) -> Vec<String> {
-        self.nodes.iter().map(|node| format!("http://{}", node.address)).collect()
+    pub fn addresses(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.address.to_string()).collect()
     }
 
     /// Where the cluster keeps its files.
@@ -153,6 +153,20 @@ impl Cluster {
             }
         }
         None
+    }
+
+    /// Makes sure that every node that should run does.
+    ///
+    /// # Panics
+    /// When one has ended by itself; the message carries its last lines.
+    pub fn check_alive(&mut self) {
+        for node in &mut self.nodes {
+            if let Some(process) = &mut node.process {
+                if let Some(status) = process.ended() {
+                    panic!("node {} ended by itself with {status}:\n{}", node.id, last_lines(&process.output()));
+                }
+            }
+        }
     }
 
     /// Keeps the directory after the test, and names it.

@@ -14,9 +14,12 @@ pub mod wait;
 
 pub mod cluster;
 pub mod direct;
+pub mod history;
 pub mod http;
+pub mod nemesis;
 pub mod network;
 pub mod process;
+pub mod workload;
 
 pub mod licences;
 pub mod tidy;

@@ -10,6 +10,7 @@
 //! A link is cut in one direction by giving its end a wrong hardware address, so that packets leave and reach
 //! nobody: no refusal tells either side, as with a pulled cable.
 
+use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -55,9 +56,39 @@ impl End {
 /// # Errors
 /// When the system grants no namespaces.
 pub fn enter() -> Result<(), String> {
-    if std::env::var_os(ENTERED).is_some() {
+    if entered() {
         return Ok(());
     }
+    let error = again()?.args(std::env::args_os().skip(1)).exec();
+    Err(format!("unshare: {error}"))
+}
+
+/// Runs the body of the test named `test` in namespaces of its own: the test program starts itself again for this one
+/// test. Where the system grants no namespaces, says so, visibly for whoever reads the output.
+///
+/// # Panics
+/// When the test fails.
+pub fn inside<F: Future<Output = ()>>(test: &str, body: impl FnOnce() -> F) {
+    if entered() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        return runtime.expect("a runtime").block_on(body());
+    }
+    match again() {
+        Ok(mut command) => {
+            let status = command.args(["--exact", test, "--nocapture"]).status().expect("unshare runs");
+            assert!(status.success(), "{test} failed in its own network, see above");
+        }
+        // Past the capture of the test runner: a test that was not run must be seen.
+        Err(reason) => drop(writeln!(std::io::stderr(), "{test}: not run: no network namespaces here ({reason})")),
+    }
+}
+
+fn entered() -> bool {
+    std::env::var_os(ENTERED).is_some()
+}
+
+/// A command that runs this program, without arguments, in namespaces of its own.
+fn again() -> Result<Command, String> {
     let mut namespaces = vec!["--net", "--mount"];
     if !rustix::process::geteuid().is_root() {
         namespaces.extend(["--user", "--map-root-user"]);
@@ -69,14 +100,9 @@ pub fn enter() -> Result<(), String> {
         Err(error) => return Err(format!("unshare: {error}")),
     }
     let exe = std::env::current_exe().map_err(|error| error.to_string())?;
-    let error = Command::new("unshare")
-        .args(&namespaces)
-        .arg("--")
-        .arg(exe)
-        .args(std::env::args_os().skip(1))
-        .env(ENTERED, "1")
-        .exec();
-    Err(format!("unshare: {error}"))
+    let mut command = Command::new("unshare");
+    command.args(&namespaces).arg("--").arg(exe).env(ENTERED, "1");
+    Ok(command)
 }
 
 /// The private network of this process.
@@ -92,7 +118,7 @@ impl PrivateNetwork {
     /// When a step fails.
     #[must_use]
     pub fn lay(nodes: u32) -> Self {
-        assert!(std::env::var_os(ENTERED).is_some(), "a private network needs namespaces of its own");
+        assert!(entered(), "a private network needs namespaces of its own");
         run("mount", "-t tmpfs tmpfs /run");
         run("ip", "link set lo up");
         run("ip", "link add bridge type bridge");

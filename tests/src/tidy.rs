@@ -43,7 +43,12 @@ const EDGES: [Edge; 4] = [
     Edge {
         names: &["tonic::", "use tonic"],
         within: "server/src/",
-        allowed: &["server/src/services", "server/src/consensus/network", "server/src/consensus/peer_service"],
+        allowed: &[
+            "server/src/services",
+            "server/src/consensus/network",
+            "server/src/consensus/peer_service",
+            "server/src/consensus/tests",
+        ],
     },
     Edge { names: &["pyo3::", "#[pyclass", "uniffi::", "extern \"C\""], within: "", allowed: &["bindings/"] },
 ];
