@@ -346,7 +346,10 @@ fn a_client_that_cannot_work_is_not_built() {
 async fn kill(node: FakeNode, client: &Client) {
     let address = node.address.clone();
     drop(node);
-    let noticed = async { while client.status(&address).await.is_ok() {} };
+    let noticed = async {
+        while tokio::net::TcpStream::connect(&address).await.is_ok() {}
+        while client.status(&address).await.is_ok() {}
+    };
     tokio::time::timeout(PATIENCE, noticed).await.unwrap();
 }
 
