@@ -146,10 +146,9 @@ impl Cluster {
     /// The node that says it is leader now.
     pub async fn leader_now(&self, except: &[u32]) -> Option<u32> {
         for node in &self.nodes {
-            if node.process.is_some() && !except.contains(&node.id) {
-                if let Ok((200, _)) = http::get(node.http_address, "/primary").await {
-                    return Some(node.id);
-                }
+            let asked = node.process.is_some() && !except.contains(&node.id);
+            if asked && matches!(http::get(node.http_address, "/primary").await, Ok((200, _))) {
+                return Some(node.id);
             }
         }
         None
@@ -161,10 +160,9 @@ impl Cluster {
     /// When one has ended by itself; the message carries its last lines.
     pub fn check_alive(&mut self) {
         for node in &mut self.nodes {
-            if let Some(process) = &mut node.process {
-                if let Some(status) = process.ended() {
-                    panic!("node {} ended by itself with {status}:\n{}", node.id, last_lines(&process.output()));
-                }
+            let Some(process) = &mut node.process else { continue };
+            if let Some(status) = process.ended() {
+                panic!("node {} ended by itself with {status}:\n{}", node.id, last_lines(&process.output()));
             }
         }
     }

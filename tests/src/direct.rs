@@ -1,12 +1,14 @@
 //! One node, asked directly: no routing, no retry, no discovery. For tests that must know who answers.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
+use d_engine_client::KeyRange;
 use d_engine_proto::v1::{
-    Consistency, GetRequest, GetResponse, PutRequest, PutResponse, ReadOptions, StatusRequest, StatusResponse,
-    cluster_client::ClusterClient, kv_client::KvClient,
+    self, Consistency, GetRequest, GetResponse, PutRequest, PutResponse, RangeRequest, ReadOptions, StatusRequest,
+    StatusResponse, cluster_client::ClusterClient, kv_client::KvClient,
 };
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
@@ -49,6 +51,31 @@ impl DirectNode {
             read: Some(ReadOptions { consistency: consistency as i32, min_revision, revision: 0 }),
         };
         Ok(KvClient::new(self.channel.clone()).get(self.timed(request)).await?.into_inner())
+    }
+
+    /// Every key below `prefix` with its value, eventually consistent but no older than `min_revision`.
+    ///
+    /// # Errors
+    /// The status, as it came.
+    pub async fn prefix(&self, prefix: &str, min_revision: u64) -> Result<BTreeMap<Bytes, Bytes>, Status> {
+        let range = KeyRange::prefix(prefix);
+        let mut request = RangeRequest {
+            range: Some(v1::KeyRange { start: range.start().clone(), end: range.end().clone() }),
+            read: Some(ReadOptions { consistency: Consistency::Eventual as i32, min_revision, revision: 0 }),
+            ..RangeRequest::default()
+        };
+        let mut found = BTreeMap::new();
+        loop {
+            let page = KvClient::new(self.channel.clone()).range(self.timed(request.clone())).await?.into_inner();
+            found.extend(page.kvs.into_iter().map(|kv| (kv.key, kv.value)));
+            if !page.more {
+                return Ok(found);
+            }
+            if let (Some(range), Some(read)) = (&mut request.range, &mut request.read) {
+                range.start = page.next;
+                read.revision = page.header.unwrap_or_default().revision;
+            }
+        }
     }
 
     /// The state of the node.

@@ -3,7 +3,6 @@
 //! Everything here serves a test and therefore ends it with a panic that says what was expected. It must never be
 //! depended on by a product crate.
 #![expect(
-    clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
     clippy::cast_possible_truncation,
@@ -13,6 +12,7 @@
 pub mod wait;
 
 pub mod cluster;
+pub mod data_set;
 pub mod direct;
 pub mod history;
 pub mod http;

@@ -69,15 +69,15 @@ async fn duplicate_ids_and_addresses_are_refused() {
 async fn a_node_missing_from_its_own_cluster_is_refused() {
     let mut cluster = three().await;
     cluster.node(1).write_config(&members(&cluster)[1..], "");
-    is_refused(&mut cluster, 1, &["initial_cluster", "node_id"]).await;
+    is_refused(&mut cluster, 1, &["initial_cluster", "node 1"]).await;
 }
 
 #[tokio::test]
 async fn timeouts_that_contradict_each_other_are_refused() {
     let mut cluster = three().await;
-    let extra = "[raft.election]\nelection_timeout_min_ms = 500\nelection_timeout_max_ms = 400\n";
+    let extra = "[raft.election]\nelection_timeout_min = 500\nelection_timeout_max = 400\n";
     cluster.node(1).write_config(&members(&cluster), extra);
-    is_refused(&mut cluster, 1, &["election_timeout_min_ms", "election_timeout_max_ms"]).await;
+    is_refused(&mut cluster, 1, &["election_timeout_min", "election_timeout_max"]).await;
 }
 
 #[tokio::test]
