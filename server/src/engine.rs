@@ -18,12 +18,13 @@ use d_engine_proto::{ErrorCode, NodeId, Revision, limits};
 use prost::Message;
 
 use crate::consensus::{Consensus, LeaderInfo, ProposeError, ReadIndexError, Role};
-use crate::state_machine::StateMachine;
-use crate::state_machine::kv::{self, KvError, KvStateMachine, View};
+use crate::state_machine::kv::{self, KvError, KvStateMachine, PastStore, ReadError, ReadPoint, Store};
 use crate::storage::{StorageError, disk_bytes};
 
 /// When a call must have its answer.
 pub type Deadline = tokio::time::Instant;
+
+const HISTORY: &str = "the history to be read";
 
 /// The version of this software.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -43,6 +44,14 @@ pub enum EngineError {
     /// The request breaks a rule of the data model, or asks for a revision that is not there.
     #[error(transparent)]
     Refused(#[from] KvError),
+    /// The command was applied and refused by every replica alike: nothing changed.
+    #[error("{message}")]
+    Rejected {
+        /// Why, as a code.
+        code: ErrorCode,
+        /// Why, in words.
+        message: String,
+    },
     /// The encoded request is too large.
     #[error("the request has {bytes} bytes, the limit is {max} (request_bytes_max)")]
     TooLarge {
@@ -115,6 +124,7 @@ impl EngineError {
         use v1::Outcome::{NotApplied, Unknown};
         let (code, outcome) = match self {
             Self::Refused(refused) => (refused.code(), NotApplied),
+            Self::Rejected { code, .. } => (*code, NotApplied),
             Self::TooLarge { .. } => (ErrorCode::ResourceExhausted, NotApplied),
             Self::PolicyFixed { .. } => (ErrorCode::FailedPrecondition, NotApplied),
             Self::NotLeader { .. } => (ErrorCode::NotLeader, NotApplied),
@@ -140,7 +150,7 @@ impl EngineError {
                 _ => None,
             },
             revision: match self {
-                Self::Refused(refused) => refused.revision().get(),
+                Self::Refused(refused) => refused.revision().map_or(0, Revision::get),
                 Self::Behind { applied, .. } => applied.get(),
                 _ => 0,
             },
@@ -243,8 +253,7 @@ impl Engine {
         if kv::is_read_only(&request) {
             check_size(request.encoded_len())?;
             kv::validate_txn(&request)?;
-            let options = request.read;
-            let (header, response) = self.read(options, deadline, move |view| view.txn(&request)).await?;
+            let (header, response) = self.read(request.read, deadline, request, Store::txn, PastStore::txn).await?;
             return Ok(v1::TxnResponse { header, ..response });
         }
         let (header, reply) = self.propose(Change::Txn(request), deadline).await?;
@@ -260,8 +269,7 @@ impl Engine {
     /// See [`EngineError`]; a read can always be repeated.
     pub async fn get(&self, request: v1::GetRequest, deadline: Deadline) -> Result<v1::GetResponse, EngineError> {
         kv::validate_get(&request)?;
-        let options = request.read;
-        let (header, response) = self.read(options, deadline, move |view| view.get(&request)).await?;
+        let (header, response) = self.read(request.read, deadline, request, Store::get, PastStore::get).await?;
         Ok(v1::GetResponse { header, ..response })
     }
 
@@ -276,8 +284,7 @@ impl Engine {
     ) -> Result<v1::GetManyResponse, EngineError> {
         check_size(request.encoded_len())?;
         kv::validate_get_many(&request)?;
-        let options = request.read;
-        let (header, response) = self.read(options, deadline, move |view| view.get_many(&request)).await?;
+        let (header, response) = self.read(request.read, deadline, request, Store::get_many, PastStore::get_many).await?;
         Ok(v1::GetManyResponse { header, ..response })
     }
 
@@ -287,8 +294,7 @@ impl Engine {
     /// As [`get`](Self::get).
     pub async fn range(&self, request: v1::RangeRequest, deadline: Deadline) -> Result<v1::RangeResponse, EngineError> {
         kv::validate_range(&request)?;
-        let options = request.read;
-        let (header, response) = self.read(options, deadline, move |view| view.range(&request)).await?;
+        let (header, response) = self.read(request.read, deadline, request, Store::range, PastStore::range).await?;
         Ok(v1::RangeResponse { header, ..response })
     }
 
@@ -307,11 +313,8 @@ impl Engine {
                 application_address: member.application_address.clone(),
             })
             .collect();
-        v1::MembersResponse {
-            header: self.header(self.inner.kv.view().revision()),
-            members,
-            leader: self.leader_hint(),
-        }
+        let revision = self.inner.kv.current().revision();
+        v1::MembersResponse { header: self.header(revision), members, leader: self.leader_hint() }
     }
 
     /// How this node is doing. Reads the size of the data directories: not for a hot path.
@@ -319,10 +322,10 @@ impl Engine {
     pub fn status(&self) -> v1::StatusResponse {
         let consensus = &self.inner.consensus;
         let progress = consensus.progress();
-        let view = self.inner.kv.view();
+        let store = self.inner.kv.current();
         let problem = self.problem();
         v1::StatusResponse {
-            header: self.header(view.revision()),
+            header: self.header(store.revision()),
             role: match consensus.role() {
                 Role::Learner => v1::NodeRole::Learner,
                 Role::Follower => v1::NodeRole::Follower,
@@ -333,7 +336,7 @@ impl Engine {
             last_log_index: progress.last_log.get(),
             committed_index: progress.committed.get(),
             applied_index: progress.applied.get(),
-            keys: view.keys(),
+            keys: store.key_count(),
             disk_bytes: self.inner.data_directories.iter().map(|directory| disk_bytes(directory)).sum(),
             version: VERSION.to_owned(),
             ready: problem.is_none(),
@@ -375,8 +378,8 @@ impl Engine {
     /// Current revision and number of keys.
     #[must_use]
     pub fn store_size(&self) -> (Revision, u64) {
-        let view = self.inner.kv.view();
-        (view.revision(), view.keys())
+        let store = self.inner.kv.current();
+        (store.revision(), store.key_count())
     }
 
     async fn propose(
@@ -398,33 +401,39 @@ impl Engine {
         let reply = v1::CommandReply::decode(answer).map_err(|_| EngineError::Stopped)?;
         let header = self.header(Revision(reply.revision));
         match reply.reply {
-            Some(Reply::Error(error)) => Err(KvError::from_reply(error).into()),
+            Some(Reply::Error(error)) => {
+                let code = i32::try_from(error.code).ok().and_then(ErrorCode::from_number);
+                Err(EngineError::Rejected { code: code.unwrap_or(ErrorCode::Internal), message: error.message })
+            }
             Some(reply) => Ok((header, reply)),
             None => Err(EngineError::Stopped),
         }
     }
 
     /// Earns the right to answer by the policy asked for, then reads; a past revision is read from the disk.
-    async fn read<T: Send + 'static>(
+    async fn read<Request: Send + 'static, Response: Send + 'static>(
         &self,
         options: Option<v1::ReadOptions>,
         deadline: Deadline,
-        read: impl FnOnce(&View) -> Result<T, KvError> + Send + 'static,
-    ) -> Result<(Option<v1::ResponseHeader>, T), EngineError> {
+        request: Request,
+        current: fn(&Store, &Request) -> Result<Response, KvError>,
+        past: fn(&PastStore, &Request) -> Result<Response, ReadError>,
+    ) -> Result<(Option<v1::ResponseHeader>, Response), EngineError> {
         let options = options.unwrap_or_default();
         self.earn(options.consistency(), deadline).await?;
         self.wait_for_revision(Revision(options.min_revision), deadline).await?;
-        let view = self.inner.kv.view();
-        if options.revision == 0 {
-            return Ok((self.header(view.revision()), read(&view)?));
-        }
-        let revision = Revision(options.revision);
-        let past = view.at(revision)?;
-        let task = tokio::task::spawn_blocking(move || read(&past));
-        match tokio::time::timeout_at(deadline, task).await {
-            Ok(Ok(result)) => Ok((self.header(revision), result?)),
-            Ok(Err(_)) => Err(self.unavailable("the read was aborted")),
-            Err(_) => Err(late("the history to be read")),
+        match self.inner.kv.at(Revision(options.revision))? {
+            ReadPoint::Current(store) => Ok((self.header(store.revision()), current(&store, &request)?)),
+            ReadPoint::Past(revision) => {
+                let patience = deadline.saturating_duration_since(Deadline::now());
+                let task = tokio::task::spawn_blocking(move || past(&revision.wait(patience)?, &request));
+                let response = match tokio::time::timeout_at(deadline, task).await {
+                    Ok(Ok(read)) => read.map_err(explain_past)?,
+                    Ok(Err(_)) => return Err(self.unavailable("the read was aborted")),
+                    Err(_) => return Err(late(HISTORY)),
+                };
+                Ok((self.header(Revision(options.revision)), response))
+            }
         }
     }
 
@@ -525,4 +534,12 @@ fn check_size(bytes: usize) -> Result<(), EngineError> {
 
 fn late(waiting_for: &'static str) -> EngineError {
     EngineError::DeadlineExceeded { waiting_for, outcome: v1::Outcome::NotApplied }
+}
+
+fn explain_past(error: ReadError) -> EngineError {
+    match error {
+        ReadError::Refused(refused) => refused.into(),
+        ReadError::Storage(error) => EngineError::Storage(Arc::new(error)),
+        ReadError::NotWritten { .. } => late(HISTORY),
+    }
 }

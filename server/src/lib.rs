@@ -5,5 +5,10 @@
 //! `services` names tonic's server types, and the state machine reads no clock and awaits nothing.
 
 pub mod clock;
-pub mod storage;
+pub mod config;
+pub mod consensus;
+pub mod engine;
+pub mod limits;
+pub mod metrics;
 pub mod state_machine;
+pub mod storage;

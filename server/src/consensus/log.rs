@@ -267,9 +267,7 @@ impl RaftLogStorage<Types> for Log {
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
-        let state = self.shared.engine.state().map_err(io::Error::other)?;
-        // It may have been written ahead of a truncation that a crash undid; never point past the log.
-        Ok(state.committed.min(state.last.or(state.purged)).map(from_position))
+        Ok(self.shared.engine.state().map_err(io::Error::other)?.committed.map(from_position))
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<Types>) -> Result<(), io::Error>
@@ -339,6 +337,7 @@ struct Writer {
 impl Writer {
     fn run(self, mut queue: mpsc::Receiver<Job>, take_committed: impl Fn() -> Option<LogPosition>) {
         let mut stopping = false;
+        let mut committed = None;
         while !stopping {
             let Some(first) = queue.blocking_recv() else { return };
             let mut group = Group::default();
@@ -347,8 +346,12 @@ impl Writer {
                 stopping |= group.add(job);
                 next = if stopping || group.bytes >= GROUP_BYTES_MAX { None } else { queue.try_recv().ok() };
             }
-            if !group.operations.is_empty() {
-                group.operations.extend(take_committed().map(StorageOperation::SaveCommitted));
+            committed = take_committed().or(committed);
+            // Never ahead of the log: were a crash to undo a truncation that still waits in the queue, the entries
+            // it was to drop would seem committed.
+            let last = group.last.or(*self.durable.borrow());
+            if let Some(position) = committed.take_if(|position| Some(*position) <= last) {
+                group.operations.push(StorageOperation::SaveCommitted(position));
             }
             self.commit(group);
         }
@@ -417,5 +420,100 @@ impl Group {
             Job::Stop => return true,
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use openraft::AsyncRuntime;
+    use openraft::async_runtime::oneshot::Oneshot;
+
+    use super::super::raft_types::Payload;
+    use super::super::runtime::Runtime;
+    use super::*;
+    use crate::storage::MemoryStorageEngine;
+
+    type Signals = <Runtime as AsyncRuntime>::Oneshot;
+
+    fn start(engine: &Arc<MemoryStorageEngine>) -> Log {
+        let state = engine.state().unwrap();
+        Log::start(engine.clone(), &state, Arc::default()).unwrap()
+    }
+
+    fn blank(term: u64, index: u64) -> Entry {
+        Entry { log_id: LogId::new_term_index(term, index), payload: Payload::Blank }
+    }
+
+    async fn append(log: &mut Log, entries: Vec<Entry>) -> io::Result<()> {
+        let (sender, flushed) = Signals::channel();
+        log.append(entries, IOFlushed::signal(sender)).await?;
+        flushed.await.unwrap()
+    }
+
+    fn indexes(entries: &[Entry]) -> Vec<(u64, u64)> {
+        entries.iter().map(|entry| (**entry.log_id.committed_leader_id(), entry.log_id.index())).collect()
+    }
+
+    #[tokio::test]
+    async fn entries_are_readable_in_memory_and_after_a_restart() {
+        let engine = Arc::new(MemoryStorageEngine::default());
+        let mut log = start(&engine);
+        append(&mut log, (0..10).map(|index| blank(1, index)).collect()).await.unwrap();
+        let expected: Vec<_> = (3..7).map(|index| (1, index)).collect();
+        assert_eq!(indexes(&log.try_get_log_entries(3..7).await.unwrap()), expected);
+        log.stop().await;
+
+        let mut log = start(&engine);
+        assert_eq!(indexes(&log.try_get_log_entries(3..7).await.unwrap()), expected);
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(LogId::new_term_index(1, 9)));
+    }
+
+    #[tokio::test]
+    async fn a_read_across_the_disk_and_the_window_has_no_hole() {
+        let engine = Arc::new(MemoryStorageEngine::default());
+        let mut log = start(&engine);
+        append(&mut log, (0..5).map(|index| blank(1, index)).collect()).await.unwrap();
+        log.stop().await;
+        let mut log = start(&engine);
+        append(&mut log, (5..9).map(|index| blank(2, index)).collect()).await.unwrap();
+        let all = indexes(&log.try_get_log_entries(0..100).await.unwrap());
+        assert_eq!(all, (0..9).map(|index| (if index < 5 { 1 } else { 2 }, index)).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn a_truncation_is_seen_at_once_and_what_follows_replaces_it() {
+        let engine = Arc::new(MemoryStorageEngine::default());
+        let mut log = start(&engine);
+        append(&mut log, (0..10).map(|index| blank(1, index)).collect()).await.unwrap();
+        log.truncate_after(Some(LogId::new_term_index(1, 3))).await.unwrap();
+        assert_eq!(indexes(&log.try_get_log_entries(2..10).await.unwrap()), [(1, 2), (1, 3)]);
+        append(&mut log, vec![blank(2, 4)]).await.unwrap();
+        assert_eq!(*log.durable().borrow(), Some(LogPosition { term: 2.into(), index: 4.into() }));
+        log.stop().await;
+        assert_eq!(indexes(&start(&engine).try_get_log_entries(2..10).await.unwrap()), [(1, 2), (1, 3), (2, 4)]);
+    }
+
+    #[tokio::test]
+    async fn the_committed_position_never_runs_ahead_of_the_log() {
+        let engine = Arc::new(MemoryStorageEngine::default());
+        let mut log = start(&engine);
+        log.save_committed(Some(LogId::new_term_index(2, 7))).await.unwrap();
+        append(&mut log, vec![blank(1, 0), blank(1, 1)]).await.unwrap();
+        assert_eq!(log.read_committed().await.unwrap(), None);
+        append(&mut log, (2..8).map(|index| blank(2, index)).collect()).await.unwrap();
+        log.stop().await;
+        assert_eq!(start(&engine).read_committed().await.unwrap(), Some(LogId::new_term_index(2, 7)));
+    }
+
+    #[tokio::test]
+    async fn after_a_disk_error_nothing_is_acknowledged() {
+        let engine = Arc::new(MemoryStorageEngine::default());
+        let mut log = start(&engine);
+        append(&mut log, vec![blank(1, 0)]).await.unwrap();
+        // A hole: the engine refuses it as a broken disk would.
+        append(&mut log, vec![blank(1, 5)]).await.unwrap_err();
+        append(&mut log, vec![blank(1, 6)]).await.unwrap_err();
+        log.save_vote(&RaftVote::new(3, 1)).await.unwrap_err();
+        assert!(log.fault().borrow().is_some());
     }
 }

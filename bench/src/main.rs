@@ -1,0 +1,100 @@
+//! Measures what a user feels: throughput and latency of puts and of each kind of get, what they cost in CPU and
+//! memory, how long a fail-over and a start take.
+//!
+//! Three real server processes on loopback, which share the machine with the load. Every put is on the disks of a
+//! majority before its answer. `make figures` runs it.
+
+mod failover;
+mod load;
+mod processes;
+
+use std::time::Duration;
+
+use clap::Parser;
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use d_engine_client::Client;
+use d_engine_tests::cluster::Cluster;
+
+use load::{Figures, Operation};
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Measures a three-node cluster on this machine.
+#[derive(Parser)]
+struct Arguments {
+    /// Seconds of load per row.
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+    /// Callers of the rows, each one with an operation in flight.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1000])]
+    callers: Vec<usize>,
+    /// How often the leader is killed; 0: never.
+    #[arg(long, default_value_t = 20)]
+    failovers: u32,
+    /// How often one node and three nodes are started; 0: never.
+    #[arg(long, default_value_t = 10)]
+    starts: u32,
+}
+
+#[tokio::main]
+async fn main() {
+    let arguments = Arguments::parse();
+    if !arguments.callers.is_empty() {
+        measure_load(&arguments).await;
+    }
+    if arguments.starts > 0 {
+        let alone = failover::times_to_ready(1, arguments.starts).await;
+        let three = failover::times_to_ready(3, arguments.starts).await;
+        println!("{}", failover::table("time to ready, from exec to the first 200 on /ready", &[
+            ("one node, empty directory", alone),
+            ("three nodes, empty directories", three),
+        ]));
+    }
+    if arguments.failovers > 0 {
+        let times = failover::times(arguments.failovers).await;
+        println!("{}", failover::table("fail-over, from SIGKILL of the leader to the next acknowledged put", &[
+            ("three nodes, default settings", times),
+        ]));
+    }
+}
+
+async fn measure_load(arguments: &Arguments) {
+    let cluster = Cluster::start(3).await;
+    let client = Client::builder().endpoints(cluster.addresses()).connect().await.expect("the cluster is ready");
+    let mut rows = Vec::new();
+    for operation in Operation::ALL {
+        for callers in &arguments.callers {
+            eprintln!("{} with {callers} callers ...", operation.name());
+            let duration = Duration::from_secs(arguments.seconds);
+            rows.push(load::measure(&client, operation, *callers, duration).await);
+        }
+    }
+    println!("{}", load_table(&rows));
+    println!("{} cores, 8-byte keys, 256-byte values, unary calls over one client\n", cores());
+}
+
+fn load_table(rows: &[Figures]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["operation", "callers", "per second", "p50 µs", "p99 µs", "server CPU µs/op", "client CPU µs/op", "RSS MiB/node", "errors"]);
+    for row in rows {
+        let numbers = [
+            row.callers.to_string(),
+            format!("{:.0}", row.per_second),
+            row.p50_us.to_string(),
+            row.p99_us.to_string(),
+            format!("{:.1}", row.server_cpu_us),
+            format!("{:.1}", row.client_cpu_us),
+            format!("{:.0}", row.rss_mib),
+            row.errors.to_string(),
+        ];
+        let cells = numbers.into_iter().map(|number| Cell::new(number).set_alignment(CellAlignment::Right));
+        table.add_row(std::iter::once(Cell::new(row.operation.name())).chain(cells));
+    }
+    table
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
