@@ -7,10 +7,23 @@
 //! A [`StorageEngine`] is a synchronous, crash-atomic record store and nothing else. Grouping writes, keeping recent
 //! entries in memory and telling openraft about completions is done once, for every engine, in `consensus`.
 
+mod directory;
+mod log_state;
+mod memory;
+mod record;
+mod rocksdb_engine;
+pub mod suite;
+mod tails;
+pub mod versions;
+
 use std::path::PathBuf;
 
 use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term};
+
+pub use directory::disk_bytes;
+pub use memory::MemoryStorageEngine;
+pub use rocksdb_engine::RocksDBStorageEngine;
 
 /// Where an entry stands in the log. Ordered as Raft compares logs: by term first, then by index. A term has at most
 /// one leader, so it also tells who wrote the entry.
@@ -95,8 +108,7 @@ pub struct StorageState {
     pub last: Option<LogPosition>,
 }
 
-/// The durable half of a Raft node: log, vote and identity. Every implementation passes
-/// `storage::suite`.
+/// The durable half of a Raft node: log, vote and identity. Every implementation passes the [`suite`].
 ///
 /// Calls are synchronous and may block on the disk. Writes come from one thread at a time; reads from any.
 pub trait StorageEngine: Send + Sync + 'static {
@@ -115,10 +127,11 @@ pub trait StorageEngine: Send + Sync + 'static {
 
     /// Applies the operations atomically, in order; on return they are as durable as asked.
     ///
-    /// After an error the content on disk is undefined until reopened: the node must stop acknowledging.
+    /// After an error the content on disk is undefined until reopened, and every later write fails too, so the node
+    /// stops acknowledging.
     ///
     /// # Errors
-    /// [`StorageError::Io`], a full disk included.
+    /// [`StorageError::Io`], a full disk included; [`StorageError::Refused`].
     fn write(&self, operations: &[StorageOperation], durability: Durability) -> Result<(), StorageError>;
 }
 
@@ -167,6 +180,17 @@ pub enum StorageError {
         /// The directory.
         path: PathBuf,
         /// What gives it away.
+        message: String,
+    },
+    /// The log cannot be what the write asks for: it would have a hole. Nothing of the write took effect.
+    #[error(
+        "refused to write to the log in {}: {message}; a defect of the program, not of the disk: restart the node and \
+         report it", path.display()
+    )]
+    Refused {
+        /// Where.
+        path: PathBuf,
+        /// What does not fit.
         message: String,
     },
     /// Another process has it open.
