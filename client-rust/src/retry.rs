@@ -106,10 +106,8 @@ pub(crate) fn decide(failure: &Failure, resend: Resend) -> Decision {
                 RetryWhere::Here if idempotent && status.code() == Some(ErrorCode::DeadlineExceeded) => {
                     Decision::Retry { elsewhere: true, at_least }
                 }
-                // Without the server's word a limit stays reached: the request itself may be too large.
-                RetryWhere::Here if safe && status.detail.retry_safe => {
-                    Decision::Retry { elsewhere: idempotent, at_least }
-                }
+                // A limit that may be lifted comes with a suggestion when; another one is the request's own fault.
+                RetryWhere::Here if safe && !at_least.is_zero() => Decision::Retry { elsewhere: idempotent, at_least },
                 _ => Decision::GiveUp,
             }
         }
@@ -224,7 +222,9 @@ mod tests {
         Failure::Refused(Box::new(DetailedStatus { message: code.meaning().to_owned(), detail }))
     }
 
-    const HERE: Decision = Decision::Retry { elsewhere: false, at_least: Duration::ZERO };
+    fn here(backoff_ms: u64, elsewhere: bool) -> Decision {
+        Decision::Retry { elsewhere, at_least: Duration::from_millis(backoff_ms) }
+    }
 
     #[test]
     fn decisions_by_failure_and_idempotence() {
@@ -248,9 +248,9 @@ mod tests {
             (refused(Code::Unavailable, Unknown, true, 0),              ELSEWHERE,         ELSEWHERE),
             (refused(Code::Unavailable, Applied, false, 0),             Decision::GiveUp,  ELSEWHERE),
             (refused(Code::DeadlineExceeded, Unknown, false, 0),        Decision::GiveUp,  ELSEWHERE),
-            (refused(Code::DeadlineExceeded, NotApplied, true, 0),      HERE,              ELSEWHERE),
-            (refused(Code::ResourceExhausted, NotApplied, true, 0),     HERE,              ELSEWHERE),
-            (refused(Code::ResourceExhausted, NotApplied, false, 0),    Decision::GiveUp,  Decision::GiveUp),
+            (refused(Code::DeadlineExceeded, NotApplied, true, 0),      Decision::GiveUp,  ELSEWHERE),
+            (refused(Code::ResourceExhausted, NotApplied, true, 50),    here(50, false),   here(50, true)),
+            (refused(Code::ResourceExhausted, NotApplied, true, 0),     Decision::GiveUp,  Decision::GiveUp),
             (refused(Code::LeadershipLost, Unknown, false, 0),          Decision::GiveUp,  Decision::GiveUp),
             (refused(Code::Behind, NotApplied, true, 0),                ELSEWHERE,         ELSEWHERE),
             (refused(Code::InvalidArgument, NotApplied, true, 0),       Decision::GiveUp,  Decision::GiveUp),
