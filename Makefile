@@ -5,6 +5,8 @@
 
 CACHE_DIR := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/d-engine
 export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
+# Where `make setup` puts Rust if it has to install it.
+export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-demo demo test soak generate fmt lint build

@@ -87,21 +87,27 @@ fn entered() -> bool {
     std::env::var_os(ENTERED).is_some()
 }
 
+/// The flags of `unshare` that give a program a network and mounts of its own.
+///
+/// # Errors
+/// When the system grants none; the reason.
+pub fn namespaces() -> Result<Vec<&'static str>, String> {
+    let mut flags = vec!["--net", "--mount"];
+    if !rustix::process::geteuid().is_root() {
+        flags.extend(["--user", "--map-root-user"]);
+    }
+    match Command::new("unshare").args(&flags).args(["--", "ip", "link"]).output() {
+        Ok(output) if output.status.success() => Ok(flags),
+        Ok(output) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Err(error) => Err(format!("unshare: {error}")),
+    }
+}
+
 /// A command that runs this program, without arguments, in namespaces of its own.
 fn again() -> Result<Command, String> {
-    let mut namespaces = vec!["--net", "--mount"];
-    if !rustix::process::geteuid().is_root() {
-        namespaces.extend(["--user", "--map-root-user"]);
-    }
-    let allowed = Command::new("unshare").args(&namespaces).args(["--", "ip", "link"]).output();
-    match allowed {
-        Ok(output) if output.status.success() => {}
-        Ok(output) => return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-        Err(error) => return Err(format!("unshare: {error}")),
-    }
     let exe = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut command = Command::new("unshare");
-    command.args(&namespaces).arg("--").arg(exe).env(ENTERED, "1");
+    command.args(namespaces()?).arg("--").arg(exe).env(ENTERED, "1");
     Ok(command)
 }
 
