@@ -66,8 +66,9 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// How long the answer to a probe may take before the connection is closed.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long calls in flight may take to end when the server stops.
-pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long calls in flight may take to end once the server stops. Consensus has stopped by then, so they only have
+/// to carry their answers away.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Default of `network.call_timeout_ms`: the deadline of a call whose client names none.
 pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
@@ -75,8 +76,11 @@ pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 /// The longest deadline a call can have; a client that asks for more gets this.
 pub const CALL_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 
-/// Requests and connections to the monitoring port at the same time.
-pub const MONITORING_REQUESTS_MAX: usize = 64;
+/// Connections to the monitoring port at the same time.
+pub const MONITORING_CONNECTIONS_MAX: usize = 64;
+
+/// How long a connection to the monitoring port may last: probes come and go, and a silent one holds a place.
+pub const MONITORING_CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 
 /// Default of `raft.read_consistency.lease_duration_ms`.
 pub const LEASE_MS_DEFAULT: u64 = 250;
@@ -140,5 +144,7 @@ const _: () = {
     assert!(HEARTBEATS_PER_ELECTION_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
     assert!(HEARTBEATS_PER_LEASE_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
     assert!(CALL_TIMEOUT_DEFAULT.as_millis() <= CALL_TIMEOUT_MAX.as_millis());
+    // Storage and peers have files left when the monitoring port is full.
+    assert!(2 * MONITORING_CONNECTIONS_MAX < FILES_RESERVED);
     assert!(KEEPALIVE_TIMEOUT.as_millis() < KEEPALIVE_INTERVAL.as_millis());
 };

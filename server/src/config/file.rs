@@ -9,9 +9,7 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Error, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{
-    ConsistencyPolicy, FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig,
-};
+use super::{FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig, ReadPolicy};
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -62,7 +60,7 @@ struct Raft {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct ReadConsistency {
-    default_policy: Option<ConsistencyPolicy>,
+    default_policy: Option<ReadPolicy>,
     lease_duration_ms: Option<u64>,
     allow_client_override: Option<bool>,
 }

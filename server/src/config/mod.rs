@@ -141,7 +141,7 @@ pub struct RaftConfig {
 #[derive(Clone, Debug)]
 pub struct ReadConsistencyConfig {
     /// The policy of a read that names none.
-    pub default_policy: ConsistencyPolicy,
+    pub default_policy: ReadPolicy,
     /// How long a quorum's acknowledgement lets the leader answer reads from memory.
     pub lease_duration: Duration,
     /// Whether a request may choose another policy.
@@ -150,7 +150,7 @@ pub struct ReadConsistencyConfig {
 
 /// How a read is served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-pub enum ConsistencyPolicy {
+pub enum ReadPolicy {
     /// After one confirmation of leadership by a quorum; relies on no clock.
     LinearizableRead,
     /// By the leader within its lease.
@@ -159,12 +159,12 @@ pub enum ConsistencyPolicy {
     EventualConsistency,
 }
 
-impl From<ConsistencyPolicy> for Consistency {
-    fn from(policy: ConsistencyPolicy) -> Self {
+impl From<ReadPolicy> for Consistency {
+    fn from(policy: ReadPolicy) -> Self {
         match policy {
-            ConsistencyPolicy::LinearizableRead => Self::Linearizable,
-            ConsistencyPolicy::LeaseRead => Self::Lease,
-            ConsistencyPolicy::EventualConsistency => Self::Eventual,
+            ReadPolicy::LinearizableRead => Self::Linearizable,
+            ReadPolicy::LeaseRead => Self::Lease,
+            ReadPolicy::EventualConsistency => Self::Eventual,
         }
     }
 }
@@ -268,7 +268,7 @@ impl Default for ClusterConfig {
 impl Default for ReadConsistencyConfig {
     fn default() -> Self {
         Self {
-            default_policy: ConsistencyPolicy::LinearizableRead,
+            default_policy: ReadPolicy::LinearizableRead,
             lease_duration: Duration::from_millis(limits::LEASE_MS_DEFAULT),
             allow_client_override: true,
         }

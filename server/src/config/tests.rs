@@ -155,7 +155,7 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
         "#,
     )
     .unwrap();
-    assert_eq!(config.raft.read_consistency.default_policy, ConsistencyPolicy::LeaseRead);
+    assert_eq!(config.raft.read_consistency.default_policy, ReadPolicy::LeaseRead);
     assert!(!config.raft.read_consistency.allow_client_override);
     let batch = FlushBatch { threshold: 100, interval_ms: 20 };
     assert_eq!(config.raft.persistence.flush_policy, FlushPolicy::Batch(batch));
@@ -234,7 +234,7 @@ fn the_environment_alone_can_configure_a_cluster() {
     assert_eq!(config.cluster.listen_address.as_deref(), Some("10.0.0.2:9081"));
     assert_eq!(config.cluster.initial_cluster[0].address, "10.0.0.1:9081");
     assert_eq!(config.cluster.db_root_dir, PathBuf::from("123"));
-    assert_eq!(config.raft.read_consistency.default_policy, ConsistencyPolicy::EventualConsistency);
+    assert_eq!(config.raft.read_consistency.default_policy, ReadPolicy::EventualConsistency);
 }
 
 #[test]

@@ -1,0 +1,73 @@
+//! Around every call: a span, the metrics, and the details of errors that tonic made itself.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use d_engine_proto::DetailedStatus;
+use tonic::Status;
+use tracing::Instrument;
+
+use super::error::explain;
+use crate::metrics::Metrics;
+
+const PACKAGE: &str = "/d_engine.v1.";
+
+/// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
+const METHODS: [&str; 10] = [
+    "Cluster/Members",
+    "Cluster/Status",
+    "Kv/CompareAndSwap",
+    "Kv/Delete",
+    "Kv/DeleteRange",
+    "Kv/Get",
+    "Kv/GetMany",
+    "Kv/Put",
+    "Kv/Range",
+    "Kv/Txn",
+];
+
+/// For an axum middleware around the services.
+pub(super) async fn observe(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
+    let Some(path) = request.uri().path().strip_prefix(PACKAGE) else { return next.run(request).await };
+    if path.starts_with("Peer/") {
+        return next.run(request).await;
+    }
+    let method = METHODS.iter().find(|method| **method == path).copied().unwrap_or("unknown");
+    let started = Instant::now();
+    let (response, code) = complete(next.run(request).instrument(tracing::debug_span!("call", method)).await);
+    metrics.request(method, code, started.elapsed());
+    response
+}
+
+/// The response with details, if it is an error, and the name of its code.
+fn complete(response: Response) -> (Response, &'static str) {
+    let Some(status) = Status::from_header_map(response.headers()) else { return (response, "Ok") };
+    match DetailedStatus::from_status(&status) {
+        Some(error) => (response, error.code().map_or("unknown", |code| code.name())),
+        None => {
+            let explained = explain(&status);
+            let code = DetailedStatus::from_status(&explained).and_then(|error| error.code());
+            (explained.into_http(), code.map_or("unknown", |code| code.name()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message;
+
+    #[test]
+    fn every_method_for_clients_is_counted_by_its_name() {
+        let files = prost_types::FileDescriptorSet::decode(d_engine_proto::FILE_DESCRIPTOR_SET).unwrap();
+        let services = files.file.iter().flat_map(|file| &file.service).filter(|service| service.name() != "Peer");
+        let mut methods: Vec<String> = services
+            .flat_map(|service| service.method.iter().map(|method| format!("{}/{}", service.name(), method.name())))
+            .collect();
+        methods.sort();
+        assert_eq!(methods, METHODS);
+    }
+}
