@@ -1,0 +1,86 @@
+//! How a command ends when it does not end well: what is printed, and with which code the process exits.
+
+use std::process::ExitCode;
+
+use d_engine_client::{Error, ErrorKind, Outcome};
+
+use crate::encoding::DecodeError;
+
+/// The exit codes, for `--help`.
+pub(crate) const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  the key does not exist
+  2  wrong usage, or the request is invalid
+  3  the condition of a cas or txn did not hold
+  4  a write whose outcome is unknown: read the key before writing again
+  5  failed, and nothing was applied
+  6  the server could not start, or stopped because of a fault";
+
+/// Why a command did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// A call failed.
+    #[error("{0}")]
+    Call(#[from] Error),
+    /// The command line or a file it names makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// An argument stands for no bytes.
+    #[error("{0}; see --encoding")]
+    Encoding(#[from] DecodeError),
+    /// A get found nothing.
+    #[error("key {key} does not exist")]
+    NotFound {
+        /// As written by the chosen encoding.
+        key: String,
+    },
+    /// A cas or txn was refused by its condition. What was found is on standard output.
+    #[error("{0}")]
+    ConditionFailed(String),
+    /// The cluster as a whole does not serve. Its table is on standard output.
+    #[error("{0}")]
+    Unhealthy(String),
+    /// Standard output, or a file, cannot be written or read.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// The server ended.
+    #[error("{0}")]
+    Server(String),
+}
+
+impl Failure {
+    /// For `map_err` on input and output.
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+
+    /// The code to exit with.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::NotFound { .. } => 1,
+            Self::Usage(_) | Self::Encoding(_) => 2,
+            Self::ConditionFailed(_) => 3,
+            Self::Call(error) if error.outcome() != Outcome::NotApplied => 4,
+            Self::Call(error) if error.kind() == ErrorKind::InvalidArgument => 2,
+            Self::Call(_) | Self::Unhealthy(_) | Self::Io { .. } => 5,
+            Self::Server(_) => 6,
+        }
+    }
+
+    /// Says why, and gives the code.
+    pub(crate) fn report(&self) -> ExitCode {
+        // Whoever reads our output may stop reading, as `head` does: that is no failure of ours to tell of.
+        let silent = matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::BrokenPipe);
+        if !silent {
+            eprintln!("d-engine: {self}");
+        }
+        ExitCode::from(self.exit_code())
+    }
+}
