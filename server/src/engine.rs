@@ -390,6 +390,9 @@ impl Engine {
         let command = v1::Command { command: Some(change) };
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
+        if Deadline::now() >= deadline {
+            return Err(late("its turn"));
+        }
         let encoded = Bytes::from(command.encode_to_vec());
         let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
             Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,

@@ -10,5 +10,8 @@ pub mod consensus;
 pub mod engine;
 pub mod limits;
 pub mod metrics;
+pub mod monitoring;
+pub mod node;
+pub mod services;
 pub mod state_machine;
 pub mod storage;

@@ -8,7 +8,7 @@ use d_engine_proto::{NodeId, v1};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig, ReadPolicy as ConfiguredPolicy};
+use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{Engine, ReadPolicy};
 use crate::metrics::Metrics;
@@ -74,7 +74,7 @@ impl Node {
         let (consensus, peers) =
             Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone()).await?;
         let read_policy = ReadPolicy {
-            default: consistency(config.raft.read_consistency.default_policy),
+            default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
         };
         let engine = Engine::new(consensus, kv, read_policy, vec![config.cluster.db_root_dir.clone()]);
@@ -180,13 +180,5 @@ fn consensus_config(config: &RaftNodeConfig) -> ConsensusConfig {
         application_address: config.cluster.application_address.clone(),
         timings: config.raft.timings(),
         pending_bytes_max: config.raft.backpressure.max_pending_bytes,
-    }
-}
-
-fn consistency(policy: ConfiguredPolicy) -> v1::Consistency {
-    match policy {
-        ConfiguredPolicy::LinearizableRead => v1::Consistency::Linearizable,
-        ConfiguredPolicy::LeaseRead => v1::Consistency::Lease,
-        ConfiguredPolicy::EventualConsistency => v1::Consistency::Eventual,
     }
 }

@@ -261,10 +261,6 @@ impl Formation {
             return;
         }
         tracing::info!(cluster = format_args!("{cluster_id:016x}"), "formed the cluster");
-        // Nobody else can be campaigning: do not wait for the election timeout.
-        if let Err(error) = raft.trigger().elect(false).await {
-            tracing::warn!(%error, "the first election cannot be started");
-        }
         for learner in learners {
             if let Err(error) = raft.add_learner(learner.id, member_of(learner), false).await {
                 tracing::warn!(learner = learner.id, %error, "an initial learner cannot be added");

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use d_engine_proto::v1;
 use d_engine_proto::v1::peer_server::{Peer, PeerServer};
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse};
 use tonic::{Request, Response, Status, Streaming};
@@ -124,6 +124,32 @@ impl PeerService {
         Ok(())
     }
 
+    async fn append(
+        self: Arc<Self>,
+        mut requests: Streaming<v1::AppendRequest>,
+    ) -> Result<AppendResponses, Status> {
+        let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("the stream is empty"))?;
+        self.admit(first.route.as_ref()).await?;
+        let first = append_from_wire(first)?;
+        // A malformed request ends the stream; the peer notices the missing answer and starts anew.
+        let rest = requests.scan((), |(), request| {
+            let request = request.and_then(append_from_wire);
+            ready(request.inspect_err(|error| tracing::debug!(%error, "an append stream broke")).ok())
+        });
+        let requests: Pin<Box<dyn Stream<Item = AppendEntriesRequest<Types>> + Send>> =
+            Box::pin(stream::iter([first]).chain(rest));
+        let raft = self.raft.clone();
+        Ok(Box::pin(raft.stream_append(requests).map(move |result| match result {
+            Ok(result) => {
+                if !matches!(result, Err(StreamAppendError::HigherVote(_))) {
+                    self.leadership.leader_was_heard();
+                }
+                Ok(append_result_to_wire(&result))
+            }
+            Err(fatal) => Err(stopped(fatal)),
+        })))
+    }
+
     async fn cast(&self, request: v1::VoteRequest, only_asking: bool) -> Result<v1::VoteResponse, Status> {
         self.admit(request.route.as_ref()).await?;
         let request = vote_from_wire(&request)?;
@@ -161,29 +187,9 @@ impl Peer for Gate {
         &self,
         request: Request<Streaming<v1::AppendRequest>>,
     ) -> Result<Response<AppendResponses>, Status> {
-        let mut requests = request.into_inner();
-        let Some(first) = requests.message().await? else {
-            return Ok(Response::new(Box::pin(futures_util::stream::empty())));
-        };
-        self.0.admit(first.route.as_ref()).await?;
-        let first = append_from_wire(first)?;
-        // A malformed request ends the stream; the peer notices the missing answer and starts anew.
-        let rest = requests.scan((), |(), request| {
-            let request = request.and_then(append_from_wire);
-            ready(request.inspect_err(|error| tracing::debug!(%error, "an append stream broke")).ok())
-        });
-        let requests: Pin<Box<dyn Stream<Item = AppendEntriesRequest<Types>> + Send>> =
-            Box::pin(futures_util::stream::iter([first]).chain(rest));
-        let leadership = self.0.leadership.clone();
-        let responses = self.0.raft.stream_append(requests).map(move |result| match result {
-            Ok(result) => {
-                if !matches!(result, Err(StreamAppendError::HigherVote(_))) {
-                    leadership.leader_was_heard();
-                }
-                Ok(append_result_to_wire(&result))
-            }
-            Err(fatal) => Err(stopped(fatal)),
-        });
+        let service = self.0.clone();
+        // Answered before the first message: a leader opens the stream when it has nothing to send yet.
+        let responses = stream::once(async move { service.append(request.into_inner()).await }).try_flatten();
         Ok(Response::new(Box::pin(responses)))
     }
 
