@@ -37,7 +37,7 @@ fn run(command: Command, args: &ClientArgs) -> Result<(), Failure> {
     match command {
         Command::Server(server) => {
             // openraft tells its every step at info.
-            logging::start(server.log_format, "info,openraft=warn");
+            logging::start(server.log_format, "info,openraft=error");
             server::run(&server)
         }
         Command::Completion { shell } => {

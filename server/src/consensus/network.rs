@@ -186,7 +186,7 @@ impl NetBackoff<Types> for Connection {
 impl NetStreamAppend<Types> for Connection {
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         option: RPCOption,
     ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<Types>, RPCError<Types>>>, RPCError<Types>>>
     where
@@ -194,6 +194,10 @@ impl NetStreamAppend<Types> for Connection {
     {
         let stall = self.peers.stall.max(option.hard_ttl());
         Box::pin(async move {
+            // openraft backs off inside the stream of requests. A transport polls that only once it is connected, so
+            // without waiting for the first request here an unreachable peer would be tried without a pause.
+            let Some(first) = input.next().await else { return Ok(stream::empty().boxed()) };
+            let input = stream::iter([first]).chain(input);
             let mut client = self.client(self.lane)?;
             let sent = Arc::new(AtomicU64::new(0));
             let mut route = Some(self.route());
