@@ -234,6 +234,9 @@ impl Shared {
             Failure::Silent { after, .. } if *after < SUSPECT_AFTER => false,
             Failure::NotSent(_) | Failure::Lost(_) | Failure::Silent { .. } | Failure::Foreign(_) => {
                 state.topology.failed(address, failure.message(), now, &mut state.rng);
+                if matches!(failure, Failure::Foreign(_)) {
+                    state.topology.foreign(address);
+                }
                 self.refresh.notify_one();
                 false
             }
@@ -242,25 +245,21 @@ impl Shared {
         }
     }
 
-    /// The error of a call whose budget is spent between two attempts, with the failure of the last one as its reason.
+    /// The error of a call whose budget is spent between two attempts. What went wrong at last is the better reason:
+    /// that time is up says nothing of what to do.
     fn spent<R: Unary>(&self, timeout: Duration, retries: u32, last: Option<(Address, Failure)>, plan: Plan) -> Error {
-        let kind = ErrorKind::DeadlineExceeded;
-        let Some((address, failure)) = last else {
-            let what = match plan.route {
-                Route::Leader => "no leader became known",
-                Route::PreferLeader | Route::Any => "no node could be asked",
-            };
-            let problems = self.state.lock().topology.problems();
-            let why = if problems.is_empty() { String::new() } else { format!(": {}", problems.join("; ")) };
-            let message = format!("{what} within {timeout:?}{why}");
-            return Error::new(R::OPERATION, kind, Outcome::NotApplied, message);
+        if let Some((address, failure)) = last {
+            let error = failure.into_error(R::OPERATION, plan.resend, address.as_str());
+            return error.after(format!("{timeout:?} and {retries} retries"));
+        }
+        let what = match plan.route {
+            Route::Leader => "no leader became known",
+            Route::PreferLeader | Route::Any => "no node could be asked",
         };
-        let message = format!("{timeout:?} are over after {retries} retries; at last: {}", failure.message());
-        let cause = failure.into_error(R::OPERATION, plan.resend, address.as_str());
-        Error::new(R::OPERATION, kind, Outcome::NotApplied, message)
-            .at(address.as_str())
-            .with_leader(cause.leader().cloned())
-            .with_source(Some(Arc::new(cause)))
+        let problems = self.state.lock().topology.problems();
+        let why = if problems.is_empty() { String::new() } else { format!(": {}", problems.join("; ")) };
+        let message = format!("{what} within {timeout:?}{why}");
+        Error::new(R::OPERATION, ErrorKind::Unavailable, Outcome::NotApplied, message)
     }
 
     fn note_refusal(

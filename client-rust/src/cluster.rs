@@ -203,6 +203,7 @@ impl Client {
     pub async fn members(&self) -> Result<Members, Error> {
         let plan = Plan { route: Route::Any, resend: Resend::Idempotent, timeout: self.options().call_timeout };
         let response = self.call(v1::MembersRequest {}, plan).await?;
+        self.shared().learn(&response);
         Ok(response.into())
     }
 

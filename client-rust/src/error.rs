@@ -18,7 +18,7 @@ pub enum ErrorKind {
     NotLeader,
     /// No node could serve: no leader, no quorum, starting, stopping, or unreachable.
     Unavailable,
-    /// The call's budget was spent before its answer was known.
+    /// A node was asked, and did not answer within the call's budget.
     DeadlineExceeded,
     /// A limit is reached; [`Error::to_string`] names it.
     ResourceExhausted,
@@ -176,6 +176,12 @@ impl Error {
 
     pub(crate) fn at(mut self, endpoint: &str) -> Self {
         self.0.endpoint = Some(endpoint.to_owned());
+        self
+    }
+
+    /// Adds for how long it was tried.
+    pub(crate) fn after(mut self, effort: String) -> Self {
+        self.0.message = format!("{} (after {effort})", self.0.message);
         self
     }
 

@@ -18,7 +18,7 @@ pub struct Stats {
     pub redirects: u64,
     /// Retries not made because the retry budget was used up.
     pub budget_exhausted: u64,
-    /// Leaders or terms that took the place of one known before.
+    /// Leaders of a newer term that took the place of one known before.
     pub leader_changes: u64,
     /// Rounds in which the members were asked for.
     pub refreshes: u64,

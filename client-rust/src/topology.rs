@@ -141,7 +141,7 @@ impl Topology {
         self.leader.as_ref().map(|(leader, _)| leader)
     }
 
-    /// How often another leader or term took the place of one known before.
+    /// How often a leader of a newer term took the place of one known before.
     pub(crate) fn leader_changes(&self) -> u64 {
         self.leader_changes
     }
@@ -303,7 +303,7 @@ impl Topology {
         if !newer || leader.id.get() == 0 {
             return false;
         }
-        if self.term.get() != 0 {
+        if self.term.get() != 0 && leader.term > self.term {
             self.leader_changes += 1;
         }
         self.term = leader.term;
@@ -318,6 +318,16 @@ impl Topology {
         if self.leader_addresses().any(|known| known == address) {
             self.leader = None;
             self.denied_until = Some(now + DENIAL);
+        }
+    }
+
+    /// A node of another cluster answered at `address`. If it was taken for the leader, so was the term by which it
+    /// came to that: errors do not tell whose they are.
+    pub(crate) fn foreign(&mut self, address: &Address) {
+        if self.leader_addresses().any(|known| known == address) {
+            self.leader = None;
+            self.term = Term(0);
+            self.denied_until = None;
         }
     }
 

@@ -165,6 +165,17 @@ fn a_change_of_cluster_or_epoch_is_refused() {
 }
 
 #[test]
+fn a_foreign_leader_takes_its_term_with_it() {
+    let mut f = Fixture::three_members();
+    assert!(f.topology.hint(leader(2, 1000), f.now));
+    f.topology.foreign(&address("n3:9081"));
+    assert!(f.topology.leader().is_some(), "it was another node");
+    f.topology.foreign(&address("n2:9081"));
+    assert_eq!(f.topology.leader(), None);
+    assert!(f.topology.hint(leader(1, 5), f.now), "the term of this cluster counts again");
+}
+
+#[test]
 fn seeds_survive_any_member_list_and_other_addresses_do_not() {
     let mut f = Fixture::three_members();
     f.topology.learn([member(4)]);

@@ -132,8 +132,8 @@ async fn a_port_that_accepts_and_never_answers_costs_no_more_than_the_deadline()
         .unwrap();
     let both = async { (client.put("k", "v").await.unwrap_err(), client.get("k").await.unwrap_err()) };
     let (write, read) = tokio::time::timeout(PATIENCE, both).await.unwrap();
-    assert_eq!(write.kind(), ErrorKind::DeadlineExceeded, "{write}");
-    assert_eq!(write.outcome(), Outcome::NotApplied, "no leader is known, so nothing was sent: {write}");
+    assert_eq!(write.kind(), ErrorKind::Unavailable, "no leader became known: {write}");
+    assert_eq!(write.outcome(), Outcome::NotApplied, "so nothing was sent: {write}");
     assert_eq!((read.kind(), read.outcome()), (ErrorKind::DeadlineExceeded, Outcome::NotApplied), "{read}");
 }
 
@@ -144,7 +144,7 @@ async fn nobody_listening_is_not_applied_and_says_why() {
     drop(listener);
     let client = Client::builder().endpoints([&address]).call_timeout(Duration::from_millis(300)).build().unwrap();
     let error = client.put("k", "v").await.unwrap_err();
-    assert_eq!((error.kind(), error.outcome()), (ErrorKind::DeadlineExceeded, Outcome::NotApplied));
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
     assert!(error.to_string().contains("refused"), "{error}");
     assert!(error.to_string().contains(&address), "{error}");
 }
@@ -197,6 +197,22 @@ async fn an_error_of_the_server_keeps_its_code_and_outcome() {
     }
     let error = client.delete("k").await.unwrap_err();
     assert_eq!((error.kind(), error.outcome()), (ErrorKind::Unsupported, Outcome::NotApplied), "{error}");
+}
+
+#[tokio::test]
+async fn a_refusal_that_lasts_until_the_deadline_keeps_its_reason() {
+    let nodes = cluster(2);
+    let mut behind = refusal(ErrorCode::Behind, v1::Outcome::NotApplied, true);
+    behind.detail.revision = 7;
+    for node in &nodes {
+        node.behave(Behaviour::Refuse(behind.clone()));
+    }
+    let client = client(&[&nodes[0]], Duration::from_millis(500));
+    leader_known(&client).await;
+    let error = client.get("k").consistency(Consistency::Eventual).await.unwrap_err();
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::Behind, Outcome::NotApplied), "{error}");
+    assert_eq!(error.revision().map(|revision| revision.get()), Some(7));
+    assert!(nodes.iter().all(|node| node.gets() > 0), "both were asked");
 }
 
 #[tokio::test]
