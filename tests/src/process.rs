@@ -9,12 +9,15 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::wait;
 
-/// The `d-engine` binary built in the same workspace.
+/// The `d-engine` binary built in the same workspace, or the one that the environment variable `D_ENGINE` names.
 ///
 /// # Panics
 /// When it is not there; the message says how to build it.
 #[must_use]
 pub fn d_engine() -> PathBuf {
+    if let Some(path) = std::env::var_os("D_ENGINE") {
+        return path.into();
+    }
     let exe = std::env::current_exe().expect("a running program has a path");
     exe.ancestors()
         .skip(1)

@@ -1,5 +1,5 @@
 //! The documents say what the code does: tables are compared with their source, examples are parsed.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step ends the test")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

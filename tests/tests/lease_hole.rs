@@ -2,7 +2,7 @@
 //! for a moment that it still leads. No read it serves as linearizable or within its lease may show the old value.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step ends the test")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use d_engine_proto::v1::{Consistency, GetResponse};
 use d_engine_tests::cluster::{Cluster, Shape};
@@ -12,6 +12,8 @@ use d_engine_tests::wait;
 
 /// For one attempt; whoever needs more repeats it.
 const ATTEMPT: Duration = Duration::from_millis(500);
+/// After this, an old leader has no lease left by any reckoning.
+const LONGER_THAN_A_LEASE: Duration = Duration::from_secs(1);
 
 /// Writes until a node has acknowledged it. The value is the same each time, so a repetition changes nothing.
 async fn write(nodes: &[DirectNode], key: &str, value: &str) {
@@ -126,19 +128,20 @@ fn restarted_voters_do_not_shorten_a_lease() {
             // A reader asks the old leader all the time. A read that began after the new value was acknowledged and
             // shows the old one is stale.
             let value = format!("new {round}");
-            let (acknowledged, on_acknowledged) = tokio::sync::watch::channel(false);
+            let (acknowledged, on_acknowledged) = tokio::sync::watch::channel(None::<Instant>);
             let reader = {
                 let value = value.clone();
+                let leader = cluster.node(old).direct(Duration::from_millis(50));
                 tokio::spawn(async move {
-                    let mut reads_after = 0;
-                    while reads_after < 200 {
-                        let began_after = *on_acknowledged.borrow();
+                    loop {
+                        let acknowledged = *on_acknowledged.borrow();
                         let answer = leader.get("key", Consistency::Lease, 0).await;
-                        if began_after {
-                            reads_after += 1;
-                            if let Ok(response) = answer {
-                                assert_eq!(shown(&response), Some(value.as_bytes()), "stale lease read");
-                            }
+                        let Some(since) = acknowledged else { continue };
+                        if let Ok(response) = answer {
+                            assert_eq!(shown(&response), Some(value.as_bytes()), "stale lease read");
+                        }
+                        if since.elapsed() > LONGER_THAN_A_LEASE {
+                            break;
                         }
                     }
                 })
@@ -152,7 +155,7 @@ fn restarted_voters_do_not_shorten_a_lease() {
             }
             let nodes: Vec<DirectNode> = followers.iter().map(|id| cluster.node(*id).direct(ATTEMPT)).collect();
             write(&nodes, "key", &value).await;
-            acknowledged.send_replace(true);
+            acknowledged.send_replace(Some(Instant::now()));
             reader.await.unwrap();
             cluster.network().unwrap().heal();
             cluster.start_all().await;
