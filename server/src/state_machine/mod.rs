@@ -3,6 +3,8 @@
 //!
 //! A state machine knows nothing of Raft, gRPC or clocks: time arrives inside the entry, as [`StoreTime`].
 
+pub mod kv;
+
 use bytes::Bytes;
 use std::time::Duration;
 

@@ -1,0 +1,220 @@
+//! Commands and queries as the store understands them, converted by hand from what the wire and the log carry. A value
+//! of these types passed every rule that concerns it alone.
+
+use bytes::Bytes;
+use d_engine_proto::Revision;
+use d_engine_proto::v1::{self, compare, txn_operation};
+use prost::Message;
+
+use super::error::KvError;
+use super::rules::{self, required};
+use crate::storage::versions::ScanOrder;
+
+/// A change to the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Command {
+    Write(Write),
+    CompareAndSwap(CompareAndSwap),
+    Txn(Txn),
+}
+
+/// A write without a condition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Write {
+    Put { key: Bytes, value: Bytes, return_previous: bool },
+    Delete { key: Bytes, return_previous: bool },
+    DeleteRange { interval: Interval, return_previous: bool },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CompareAndSwap {
+    pub(super) key: Bytes,
+    /// `None`: the key must not exist.
+    pub(super) expected: Option<Bytes>,
+    pub(super) value: Bytes,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Txn {
+    pub(super) compare: Vec<Compare>,
+    pub(super) then: Vec<Operation>,
+    pub(super) otherwise: Vec<Operation>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Operation {
+    Get(Bytes),
+    Range(RangeQuery),
+    Write(Write),
+    Txn(Txn),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Compare {
+    pub(super) key: Bytes,
+    pub(super) relation: compare::Relation,
+    pub(super) target: Target,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    Value(Bytes),
+    Version(u64),
+    CreateRevision(Revision),
+    ModRevision(Revision),
+    Lease(u64),
+}
+
+/// The keys from `start` (inclusive) to `end` (exclusive; `None`: to the last).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Interval {
+    pub(super) start: Bytes,
+    pub(super) end: Option<Bytes>,
+}
+
+/// What to return of an interval.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RangeQuery {
+    pub(super) interval: Interval,
+    /// `None`: as many keys as fit in a page.
+    pub(super) limit: Option<u64>,
+    pub(super) order: ScanOrder,
+    pub(super) part: RangePart,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RangePart {
+    KeysAndValues,
+    Keys,
+    Count,
+}
+
+impl Command {
+    /// Reads a command from the log.
+    pub(super) fn decode(bytes: &Bytes) -> Result<Self, KvError> {
+        let command =
+            v1::Command::decode(bytes.clone()).map_err(|error| KvError::Undecodable { message: error.to_string() })?;
+        Self::try_from(command)
+    }
+}
+
+impl TryFrom<v1::Command> for Command {
+    type Error = KvError;
+
+    fn try_from(command: v1::Command) -> Result<Self, KvError> {
+        use v1::command::Command as Wire;
+        rules::validate(&command)?;
+        Ok(match required(command.command, "command")? {
+            Wire::Put(put) => Self::Write(Write::from(put)),
+            Wire::Delete(delete) => Self::Write(Write::from(delete)),
+            Wire::DeleteRange(delete) => Self::Write(Write::try_from(delete)?),
+            Wire::CompareAndSwap(v1::CompareAndSwapRequest { key, expected, value, .. }) => {
+                Self::CompareAndSwap(CompareAndSwap { key, expected, value })
+            }
+            Wire::Txn(txn) => Self::Txn(Txn::convert(txn)?),
+        })
+    }
+}
+
+impl From<v1::PutRequest> for Write {
+    fn from(put: v1::PutRequest) -> Self {
+        Self::Put { key: put.key, value: put.value, return_previous: put.return_previous }
+    }
+}
+
+impl From<v1::DeleteRequest> for Write {
+    fn from(delete: v1::DeleteRequest) -> Self {
+        Self::Delete { key: delete.key, return_previous: delete.return_previous }
+    }
+}
+
+impl TryFrom<v1::DeleteRangeRequest> for Write {
+    type Error = KvError;
+
+    fn try_from(delete: v1::DeleteRangeRequest) -> Result<Self, KvError> {
+        let interval = Interval::from(required(delete.range, "range")?);
+        Ok(Self::DeleteRange { interval, return_previous: delete.return_previous })
+    }
+}
+
+impl From<v1::KeyRange> for Interval {
+    fn from(range: v1::KeyRange) -> Self {
+        Self { start: range.start, end: Some(range.end).filter(|end| !end.is_empty()) }
+    }
+}
+
+impl RangeQuery {
+    /// Checks and converts a request; its read options are the caller's business.
+    pub(super) fn new(request: &v1::RangeRequest) -> Result<Self, KvError> {
+        rules::validate_range(request)?;
+        Self::convert(request.clone())
+    }
+
+    fn convert(request: v1::RangeRequest) -> Result<Self, KvError> {
+        let order = match request.order() {
+            v1::RangeOrder::Ascending => ScanOrder::Ascending,
+            v1::RangeOrder::Descending => ScanOrder::Descending,
+        };
+        let part = match (request.keys_only, request.count_only) {
+            (_, true) => RangePart::Count,
+            (true, false) => RangePart::Keys,
+            (false, false) => RangePart::KeysAndValues,
+        };
+        let limit = Some(request.limit).filter(|limit| *limit > 0);
+        Ok(Self { interval: required(request.range, "range")?.into(), limit, order, part })
+    }
+}
+
+impl Txn {
+    /// Checks and converts a request; its read options are the caller's business.
+    pub(super) fn new(request: &v1::TxnRequest) -> Result<Self, KvError> {
+        rules::validate_txn(request)?;
+        Self::convert(request.clone())
+    }
+
+    fn convert(request: v1::TxnRequest) -> Result<Self, KvError> {
+        Ok(Self {
+            compare: request.compare.into_iter().map(Compare::convert).collect::<Result<_, _>>()?,
+            then: request.then.into_iter().map(Operation::convert).collect::<Result<_, _>>()?,
+            otherwise: request.otherwise.into_iter().map(Operation::convert).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Whether applying it can fail halfway: only what asks for the previous values of a range can.
+    pub(super) fn may_fail(&self) -> bool {
+        self.then.iter().chain(&self.otherwise).any(|operation| match operation {
+            Operation::Write(Write::DeleteRange { return_previous, .. }) => *return_previous,
+            Operation::Txn(nested) => nested.may_fail(),
+            _ => false,
+        })
+    }
+}
+
+impl Operation {
+    fn convert(operation: v1::TxnOperation) -> Result<Self, KvError> {
+        use txn_operation::Operation as Wire;
+        Ok(match required(operation.operation, "operation")? {
+            Wire::Put(put) => Self::Write(Write::from(put)),
+            Wire::Get(get) => Self::Get(get.key),
+            Wire::Range(range) => Self::Range(RangeQuery::convert(range)?),
+            Wire::Delete(delete) => Self::Write(Write::from(delete)),
+            Wire::DeleteRange(delete) => Self::Write(Write::try_from(delete)?),
+            Wire::Txn(nested) => Self::Txn(Txn::convert(nested)?),
+        })
+    }
+}
+
+impl Compare {
+    fn convert(compare: v1::Compare) -> Result<Self, KvError> {
+        use compare::Target as Wire;
+        let relation = compare.relation();
+        let target = match required(compare.target, "target of a comparison")? {
+            Wire::Value(value) => Target::Value(value),
+            Wire::Version(version) => Target::Version(version),
+            Wire::CreateRevision(revision) => Target::CreateRevision(Revision(revision)),
+            Wire::ModRevision(revision) => Target::ModRevision(Revision(revision)),
+            Wire::Lease(lease) => Target::Lease(lease),
+        };
+        Ok(Self { key: compare.key, relation, target })
+    }
+}

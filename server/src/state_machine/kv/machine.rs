@@ -1,0 +1,136 @@
+//! The key-value state machine: the store in memory, its history behind it.
+//!
+//! ```text
+//! apply ──▶ Store ──▶ published for readers ──▶ answers
+//!             └─────▶ changes ──▶ VersionStore (written behind)
+//! ```
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use d_engine_proto::Revision;
+use d_engine_proto::v1::{self, command_reply::Reply};
+use parking_lot::Mutex;
+use prost::Message;
+use tokio::sync::watch;
+
+use super::error::KvError;
+use super::past::PastRevision;
+use super::store::{self, Store};
+use crate::state_machine::{AppliedState, CommittedEntry, StateMachine, StoreTime};
+use crate::storage::versions::{ScanOrder, StoreState, VersionStore};
+use crate::storage::{LogPosition, StorageError};
+
+/// The state machine of the product. Readers never wait for `apply`, nor it for them.
+pub struct KvStateMachine {
+    /// The store after the last entry applied, replaced as a whole.
+    current: ArcSwap<Store>,
+    /// Held by the one who applies: `current` is read, changed and replaced as one step.
+    applying: Mutex<()>,
+    versions: Arc<VersionStore>,
+    /// Follows `current`, for those who wait.
+    revision: watch::Sender<Revision>,
+}
+
+/// Where a read at some revision is served from.
+pub enum ReadPoint {
+    /// Memory.
+    Current(Arc<Store>),
+    /// The history on disk.
+    Past(PastRevision),
+}
+
+impl KvStateMachine {
+    /// Opens the directory, creating it if it does not exist, and loads the store into memory.
+    ///
+    /// # Errors
+    /// As [`VersionStore::open`]; [`StorageError::Corrupt`] when what is stored contradicts itself.
+    pub fn open(path: &Path) -> Result<Self, StorageError> {
+        Self::load(VersionStore::open(path)?)
+    }
+
+    /// Loads the store from an open history.
+    ///
+    /// # Errors
+    /// [`StorageError::Corrupt`] or [`StorageError::Io`].
+    pub fn load(versions: VersionStore) -> Result<Self, StorageError> {
+        let state = versions.recovered().clone();
+        // As of any revision there could be: one beyond the state's is found out below.
+        let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
+        let store = Store::restore(state, || newest.advance())?;
+        drop(newest);
+        store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
+        let (revision, _) = watch::channel(store.revision());
+        let current = ArcSwap::from_pointee(store);
+        Ok(Self { current, applying: Mutex::new(()), versions: Arc::new(versions), revision })
+    }
+
+    /// The store as of now: consistent, and unmoved by what is applied later. Dropped soon, since it keeps what it shows
+    /// in memory.
+    #[must_use]
+    pub fn current(&self) -> Arc<Store> {
+        self.current.load_full()
+    }
+
+    /// Where to read as of `revision`; 0 is the current one.
+    ///
+    /// # Errors
+    /// [`KvError::Compacted`] or [`KvError::FutureRevision`].
+    pub fn at(&self, revision: Revision) -> Result<ReadPoint, KvError> {
+        let store = self.current();
+        let (current, minimum) = (store.revision(), store.compacted());
+        if revision == Revision(0) || revision == current {
+            Ok(ReadPoint::Current(store))
+        } else if revision > current {
+            Err(KvError::FutureRevision { requested: revision, current })
+        } else if revision < minimum {
+            Err(KvError::Compacted { requested: revision, minimum })
+        } else {
+            Ok(ReadPoint::Past(PastRevision::new(Arc::clone(&self.versions), revision)))
+        }
+    }
+
+    /// Follows the current revision: once it is seen here, [`current`](Self::current) shows it.
+    #[must_use]
+    pub fn revisions(&self) -> watch::Receiver<Revision> {
+        self.revision.subscribe()
+    }
+}
+
+impl StateMachine for KvStateMachine {
+    fn applied(&self) -> AppliedState {
+        let StoreState { position, store_time, membership, .. } = self.current.load().state().clone();
+        AppliedState { position, store_time: StoreTime(store_time), membership }
+    }
+
+    fn durable(&self) -> Option<LogPosition> {
+        self.versions.durable()
+    }
+
+    fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
+        let _applying = self.applying.lock();
+        let mut store = Store::clone(&self.current.load());
+        let store::Effects { answers, changes } = store.apply(entry);
+        let state = store.state().clone();
+        let revision = store.revision();
+        self.current.store(Arc::new(store));
+        if *self.revision.borrow() != revision {
+            self.revision.send_replace(revision);
+        }
+        self.versions.submit(changes, state)?;
+        Ok(answers)
+    }
+
+    /// The key-value store has typed reads of its own; an opaque query is answered with an error.
+    fn query(&self, _query: Bytes) -> Result<Bytes, StorageError> {
+        let revision = self.current.load().revision().get();
+        let reply = Some(Reply::Error(KvError::NoQueries.into()));
+        Ok(v1::CommandReply { revision, reply }.encode_to_vec().into())
+    }
+
+    fn flush(&self) -> Result<(), StorageError> {
+        self.versions.flush()
+    }
+}

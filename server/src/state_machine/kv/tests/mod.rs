@@ -1,0 +1,96 @@
+//! The store against a naive model, by example and under random commands; then killed and reopened.
+
+mod crash;
+mod examples;
+mod model;
+mod random;
+mod ranges;
+mod refusals;
+mod replay;
+mod txns;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use d_engine_proto::v1::{self, command, command_reply::Reply, txn_operation};
+use d_engine_proto::{LogIndex, Term};
+use prost::Message;
+
+use super::Store;
+use crate::state_machine::{CommittedEntry, EntryContent, StoreTime};
+use crate::storage::LogPosition;
+
+fn position(index: u64) -> LogPosition {
+    LogPosition { term: Term(1 + index / 10), index: LogIndex(index) }
+}
+
+/// An entry of one batch.
+fn entry(index: u64, commands: &[v1::Command]) -> CommittedEntry {
+    let commands = commands.iter().map(|command| command.encode_to_vec().into()).collect();
+    let store_time = StoreTime(Duration::from_millis(index));
+    CommittedEntry { position: position(index), content: EntryContent::Commands { store_time, commands } }
+}
+
+fn decode(answers: &[Bytes]) -> Vec<v1::CommandReply> {
+    answers.iter().map(|answer| v1::CommandReply::decode(answer.clone()).unwrap()).collect()
+}
+
+/// Applies one command as an entry of its own and checks the invariants.
+fn apply(store: &mut Store, command: command::Command) -> v1::CommandReply {
+    let index = store.state().position.map_or(1, |position| position.index.get() + 1);
+    let effects = store.apply(&entry(index, &[v1::Command { command: Some(command) }]));
+    store.validate().unwrap();
+    decode(&effects.answers).remove(0)
+}
+
+/// Applies a transaction that must be accepted.
+fn apply_txn(store: &mut Store, txn: v1::TxnRequest) -> v1::TxnResponse {
+    match apply(store, command::Command::Txn(txn)).reply {
+        Some(Reply::Txn(txn)) => txn,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn put(key: &[u8], value: &[u8]) -> v1::PutRequest {
+    v1::PutRequest {
+        key: Bytes::copy_from_slice(key),
+        value: Bytes::copy_from_slice(value),
+        lease: 0,
+        return_previous: false,
+    }
+}
+
+fn get(key: &[u8]) -> v1::GetRequest {
+    v1::GetRequest { key: Bytes::copy_from_slice(key), read: None }
+}
+
+fn delete(key: &[u8]) -> v1::DeleteRequest {
+    v1::DeleteRequest { key: Bytes::copy_from_slice(key), return_previous: false }
+}
+
+fn key_range(start: &[u8], end: &[u8]) -> v1::KeyRange {
+    v1::KeyRange { start: Bytes::copy_from_slice(start), end: Bytes::copy_from_slice(end) }
+}
+
+fn range(start: &[u8], end: &[u8]) -> v1::RangeRequest {
+    v1::RangeRequest { range: Some(key_range(start, end)), ..Default::default() }
+}
+
+fn delete_range(start: &[u8], end: &[u8]) -> v1::DeleteRangeRequest {
+    v1::DeleteRangeRequest { range: Some(key_range(start, end)), return_previous: false }
+}
+
+fn txn(then: Vec<txn_operation::Operation>) -> v1::TxnRequest {
+    v1::TxnRequest { then: operations(then), ..Default::default() }
+}
+
+fn operations(operations: Vec<txn_operation::Operation>) -> Vec<v1::TxnOperation> {
+    operations.into_iter().map(|operation| v1::TxnOperation { operation: Some(operation) }).collect()
+}
+
+/// The keys of a store with all they hold.
+fn contents(store: &Store) -> Vec<v1::KeyValue> {
+    let whole = store.range(&range(b"", b"")).unwrap();
+    assert!(!whole.more, "more than a page");
+    whole.kvs
+}

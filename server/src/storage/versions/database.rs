@@ -1,0 +1,117 @@
+//! The RocksDB instance under the history: how it is opened and judged, and how its failures become ours.
+//!
+//! One column family and no write-ahead log: the Raft log is the log. A write batch never spans memtables, and
+//! memtables reach the disk whole and in order, so that after a crash the directory holds all batches up to one of
+//! them and nothing of the later ones.
+
+use std::path::Path;
+
+use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, ErrorKind, Options, WriteBatch, WriteOptions};
+
+use super::StoreState;
+use super::encoding::{self, Malformed, STATE_KEY};
+use crate::storage::StorageError;
+use crate::storage::directory::{Directory, Layout};
+
+const LAYOUT: Layout = Layout { kind: "versions", version: 1 };
+
+/// Larger than what is written between two explicit flushes, so that memtables are switched when we say so.
+const MEMTABLE_BYTES: usize = 64 << 20;
+/// Memtables in memory before RocksDB holds writes up: one filling, others on their way to a slow disk.
+const MEMTABLES_MAX: i32 = 3;
+const BLOCK_CACHE_BYTES: usize = 32 << 20;
+/// RocksDB's own diagnostics files kept.
+const INFO_LOGS_MAX: usize = 3;
+
+/// An open directory of versions.
+pub(super) struct Database {
+    rocks: DB,
+    /// Dropped last: it keeps other processes out until RocksDB has closed.
+    directory: Directory,
+}
+
+impl Database {
+    /// Opens the directory, creating it if it does not exist, and reads the state it stands for.
+    pub(super) fn open(path: &Path) -> Result<(Self, StoreState), StorageError> {
+        let directory = Directory::claim(path, LAYOUT)?;
+        let is_new = !directory.is_sealed();
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
+        let mut options = Options::default();
+        options.create_if_missing(is_new);
+        options.set_block_based_table_factory(&table);
+        options.set_compression_type(DBCompressionType::None);
+        options.set_keep_log_file_num(INFO_LOGS_MAX);
+        options.set_max_write_buffer_number(MEMTABLES_MAX);
+        options.set_paranoid_checks(true);
+        options.set_write_buffer_size(MEMTABLE_BYTES);
+        let rocks = DB::open(&options, path).map_err(|error| open_error(path, &error))?;
+        let mut database = Self { rocks, directory };
+        let state = if is_new { database.begin()? } else { database.read_state()? };
+        Ok((database, state))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(super) fn rocks(&self) -> &DB {
+        &self.rocks
+    }
+
+    /// Writes a batch into the memtable, all of it or nothing.
+    pub(super) fn write(&self, batch: WriteBatch) -> Result<(), rocksdb::Error> {
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.rocks.write_opt(batch, &options)
+    }
+
+    /// Makes every batch written so far durable.
+    pub(super) fn flush(&self) -> Result<(), rocksdb::Error> {
+        self.rocks.flush()
+    }
+
+    /// A refusal of RocksDB while it was asked to read, write or flush.
+    pub(super) fn failed(&self, verb: &'static str, error: &rocksdb::Error) -> StorageError {
+        match error.kind() {
+            ErrorKind::Corruption => self.corrupt("file", error.to_string()),
+            _ => StorageError::Io { action: verb, path: self.path().to_owned(), message: error.to_string() },
+        }
+    }
+
+    /// A version that is not what was written.
+    pub(super) fn corrupt_version(&self, version_key: &[u8], malformed: &Malformed) -> StorageError {
+        self.corrupt(&format!("version record {}", version_key.escape_ascii()), malformed.to_string())
+    }
+
+    pub(super) fn corrupt(&self, what: &str, message: String) -> StorageError {
+        StorageError::Corrupt { what: what.to_owned(), path: self.path().to_owned(), message }
+    }
+
+    /// Makes a new directory hold the state of a store that nothing was ever written to.
+    fn begin(&mut self) -> Result<StoreState, StorageError> {
+        let state = StoreState::default();
+        let mut batch = WriteBatch::default();
+        batch.put(STATE_KEY, encoding::encode_state(&state));
+        self.write(batch).and_then(|()| self.flush()).map_err(|error| self.failed("write versions in", &error))?;
+        self.directory.seal()?;
+        Ok(state)
+    }
+
+    fn read_state(&self) -> Result<StoreState, StorageError> {
+        let record = self.rocks.get_pinned(STATE_KEY).map_err(|error| self.failed("read versions in", &error))?;
+        let record = record.ok_or_else(|| self.corrupt("state record", "it is missing".to_owned()))?;
+        encoding::decode_state(&record).map_err(|malformed| self.corrupt("state record", malformed.to_string()))
+    }
+}
+
+fn open_error(path: &Path, error: &rocksdb::Error) -> StorageError {
+    let (path, message) = (path.to_owned(), error.to_string());
+    match error.kind() {
+        // Files that do not belong together or are gone: the directory was complete once.
+        ErrorKind::Corruption | ErrorKind::NotFound | ErrorKind::InvalidArgument => {
+            StorageError::Corrupt { what: "versions".to_owned(), path, message }
+        }
+        _ => StorageError::Io { action: "open versions in", path, message },
+    }
+}
