@@ -51,7 +51,7 @@ pub(crate) async fn times_to_ready(nodes: u32, rounds: u32) -> Vec<Duration> {
 /// Median and worst of each row.
 pub(crate) fn table(title: &str, rows: &[(&str, Vec<Duration>)]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.load_style(presets::UTF8_FULL_CONDENSED);
     table.set_header([title, "runs", "median ms", "worst ms"]);
     for (name, times) in rows {
         let mut times = times.clone();

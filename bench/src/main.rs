@@ -76,7 +76,7 @@ async fn measure_load(arguments: &Arguments) {
 
 fn load_table(rows: &[Figures]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED);
+    table.load_style(presets::UTF8_FULL_CONDENSED);
     table.set_header(["operation", "callers", "per second", "p50 µs", "p99 µs", "server CPU µs/op", "client CPU µs/op", "RSS MiB/node", "errors"]);
     for row in rows {
         let numbers = [

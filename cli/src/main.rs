@@ -35,11 +35,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command, args: &ClientArgs) -> Result<(), Failure> {
     match command {
-        Command::Server(server) => {
-            // openraft tells its every step at info.
-            logging::start(server.log_format, "info,openraft=error");
-            server::run(&server)
-        }
+        Command::Server(server) => server::run(&server),
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "d-engine", &mut script);
@@ -53,7 +49,7 @@ fn run(command: Command, args: &ClientArgs) -> Result<(), Failure> {
 
 /// Runs a command that talks to a cluster, on this thread.
 fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    logging::start(LogFormat::Text, "warn");
+    let _logging = logging::start(LogFormat::Text, "warn", None)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -10,6 +10,10 @@ use d_engine_server::services::raise_open_files_limit;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::failure::Failure;
+use crate::logging;
+
+/// openraft tells of every step, and of every failed attempt to reach a peer.
+const LOG_FILTER: &str = "info,openraft=error";
 
 /// How the server logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -51,7 +55,7 @@ pub(crate) struct ServerArgs {
     monitoring_address: Option<String>,
     /// Format of the log on standard error; D_ENGINE_LOG or RUST_LOG say how much (default: info)
     #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub(crate) log_format: LogFormat,
+    log_format: LogFormat,
 }
 
 /// One `id=host:port`.
@@ -132,6 +136,7 @@ pub(crate) fn run(args: &ServerArgs) -> Result<(), Failure> {
     };
     let directory = dev_directory.as_ref().map(tempfile::TempDir::path);
     let config = args.configuration(directory).map_err(|error| Failure::Usage(format!("configuration: {error}")))?;
+    let _logging = logging::start(args.log_format, LOG_FILTER, config.cluster.log_dir.as_deref())?;
     raise_open_files_limit();
     // Measured: with as many workers as cores, workers and the threads of the storage get into each other's way.
     let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
