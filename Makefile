@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test soak generate fmt lint build
+.PHONY: help setup setup-demo demo test soak figures generate fmt lint build
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,9 @@ test: ## Runs every check; changes nothing in the tree
 
 soak: ## Runs the fault test for an hour; DURATION=600 and SEED=... choose otherwise
 	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED))
+
+figures: build ## Measures throughput, latency, CPU, memory, start and fail-over on this machine
+	@$(CARGO_TARGET_DIR)/debug/d-engine-bench
 
 generate: ## Regenerates checked-in code from proto/
 	@cargo run --quiet -p d-engine-proto-generate

@@ -60,9 +60,8 @@ pub(crate) async fn measure(client: &Client, operation: Operation, callers: usiz
     let errors = Arc::new(AtomicU64::new(0));
     let started = Instant::now();
     let end = started + duration;
-    let tasks: Vec<_> = (0..callers)
-        .map(|_| tokio::spawn(call_until(end, client.clone(), operation, errors.clone())))
-        .collect();
+    let tasks: Vec<_> =
+        (0..callers).map(|_| tokio::spawn(call_until(end, client.clone(), operation, errors.clone()))).collect();
     let mut latencies = empty_histogram();
     for task in tasks {
         latencies.add(task.await.expect("a caller does not panic")).expect("same bounds");

@@ -4,6 +4,11 @@
 //! Three real server processes on loopback, which share the machine with the load. Every put is on the disks of a
 //! majority before its answer. `make figures` runs it.
 
+#![expect(
+    clippy::expect_used,
+    reason = "a measurement that cannot go on is worth nothing: a panic is its error message"
+)]
+
 mod failover;
 mod load;
 mod processes;
@@ -46,16 +51,23 @@ async fn main() {
     if arguments.starts > 0 {
         let alone = failover::times_to_ready(1, arguments.starts).await;
         let three = failover::times_to_ready(3, arguments.starts).await;
-        println!("{}", failover::table("time to ready, from exec to the first 200 on /ready", &[
-            ("one node, empty directory", alone),
-            ("three nodes, empty directories", three),
-        ]));
+        println!(
+            "{}",
+            failover::table(
+                "time to ready, from exec to the first 200 on /ready",
+                &[("one node, empty directory", alone), ("three nodes, empty directories", three),]
+            )
+        );
     }
     if arguments.failovers > 0 {
         let times = failover::times(arguments.failovers).await;
-        println!("{}", failover::table("fail-over, from SIGKILL of the leader to the next acknowledged put", &[
-            ("three nodes, default settings", times),
-        ]));
+        println!(
+            "{}",
+            failover::table(
+                "fail-over, from SIGKILL of the leader to the next acknowledged put",
+                &[("three nodes, default settings", times),]
+            )
+        );
     }
 }
 
@@ -77,7 +89,17 @@ async fn measure_load(arguments: &Arguments) {
 fn load_table(rows: &[Figures]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(["operation", "callers", "per second", "p50 µs", "p99 µs", "server CPU µs/op", "client CPU µs/op", "RSS MiB/node", "errors"]);
+    table.set_header([
+        "operation",
+        "callers",
+        "per second",
+        "p50 µs",
+        "p99 µs",
+        "server CPU µs/op",
+        "client CPU µs/op",
+        "RSS MiB/node",
+        "errors",
+    ]);
     for row in rows {
         let numbers = [
             row.callers.to_string(),

@@ -18,9 +18,7 @@ pub(crate) fn servers() -> Vec<u32> {
 /// CPU time spent so far, in user and kernel mode.
 pub(crate) fn cpu_time(id: u32) -> Duration {
     let ticks_per_second = rustix::param::clock_ticks_per_second();
-    stat(id).map_or(Duration::ZERO, |fields| {
-        Duration::from_secs_f64(fields.cpu_ticks as f64 / ticks_per_second as f64)
-    })
+    stat(id).map_or(Duration::ZERO, |fields| Duration::from_secs_f64(fields.cpu_ticks as f64 / ticks_per_second as f64))
 }
 
 /// Resident memory.
@@ -42,9 +40,5 @@ fn stat(id: u32) -> Option<Stat> {
     let (name, rest) = text.split_once('(')?.1.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
-    Some(Stat {
-        name: name.to_owned(),
-        parent: u32::try_from(number(1)?).ok()?,
-        cpu_ticks: number(11)? + number(12)?,
-    })
+    Some(Stat { name: name.to_owned(), parent: u32::try_from(number(1)?).ok()?, cpu_ticks: number(11)? + number(12)? })
 }

@@ -284,7 +284,8 @@ impl Engine {
     ) -> Result<v1::GetManyResponse, EngineError> {
         check_size(request.encoded_len())?;
         kv::validate_get_many(&request)?;
-        let (header, response) = self.read(request.read, deadline, request, Store::get_many, PastStore::get_many).await?;
+        let (header, response) =
+            self.read(request.read, deadline, request, Store::get_many, PastStore::get_many).await?;
         Ok(v1::GetManyResponse { header, ..response })
     }
 

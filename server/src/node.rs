@@ -71,8 +71,7 @@ impl Node {
         let metrics = Arc::new(Metrics::default());
         let kv = Arc::new(state_machine);
         let consensus_config = consensus_config(&config);
-        let (consensus, peers) =
-            Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone()).await?;
+        let (consensus, peers) = Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone()).await?;
         let read_policy = ReadPolicy {
             default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
@@ -80,7 +79,8 @@ impl Node {
         let engine = Engine::new(consensus, kv, read_policy, vec![config.cluster.db_root_dir.clone()]);
 
         let (stop, stopped) = watch::channel(false);
-        let serving = services::serve(listener, engine.clone(), peers, &config, metrics.clone(), asked(stopped.clone()));
+        let serving =
+            services::serve(listener, engine.clone(), peers, &config, metrics.clone(), asked(stopped.clone()));
         let serving = tokio::spawn(serving);
         let monitoring = monitoring_listener
             .map(|listener| tokio::spawn(monitoring::serve(listener, engine.clone(), metrics, asked(stopped))));

@@ -3,7 +3,12 @@
 //! A crate of its own, so that a stale or broken generated file never keeps it from building. Its test fails when
 //! what is checked in is not what it would write.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a developer's tool: a panic is its error message")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a developer's tool: a panic is its error message"
+)]
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -103,7 +108,9 @@ fn vocabulary_rs(vocabulary: &Vocabulary) -> String {
     for row in &vocabulary.error {
         writeln!(out, "    /// {}\n    {},", row.meaning, row.name).unwrap();
     }
-    out.push_str("}\n\nimpl ErrorCode {\n    /// Every code, by ascending number.\n    pub const ALL: &'static [Self] = &[\n");
+    out.push_str(
+        "}\n\nimpl ErrorCode {\n    /// Every code, by ascending number.\n    pub const ALL: &'static [Self] = &[\n",
+    );
     for row in &vocabulary.error {
         writeln!(out, "        Self::{},", row.name).unwrap();
     }
@@ -112,7 +119,9 @@ fn vocabulary_rs(vocabulary: &Vocabulary) -> String {
     arm(&mut out, "name", "The name, the same in every language.", "&'static str", &|row| format!("{:?}", row.name));
     arm(&mut out, "meaning", "What happened, in one sentence.", "&'static str", &|row| format!("{:?}", row.meaning));
     arm(&mut out, "remedy", "What the caller can do about it.", "&'static str", &|row| format!("{:?}", row.remedy));
-    arm(&mut out, "grpc", "The gRPC status code that carries it.", "tonic::Code", &|row| format!("tonic::Code::{}", row.grpc));
+    arm(&mut out, "grpc", "The gRPC status code that carries it.", "tonic::Code", &|row| {
+        format!("tonic::Code::{}", row.grpc)
+    });
     arm(&mut out, "retry", "Where the same request may be sent again, its outcome permitting.", "RetryWhere", &|row| {
         match row.retry.as_str() {
             "never" => "RetryWhere::Never".to_owned(),
@@ -128,7 +137,8 @@ fn vocabulary_rs(vocabulary: &Vocabulary) -> String {
     ] {
         writeln!(out, "\n/// {doc}\npub mod {module} {{").unwrap();
         for (name, row) in rows {
-            writeln!(out, "    /// {}\n    pub const {}: u64 = {};", row.meaning, name.to_ascii_uppercase(), row.value).unwrap();
+            writeln!(out, "    /// {}\n    pub const {}: u64 = {};", row.meaning, name.to_ascii_uppercase(), row.value)
+                .unwrap();
         }
         out.push_str("}\n");
     }

@@ -29,7 +29,7 @@ use tonic::{Status, Streaming};
 use super::entry;
 use super::member::Member;
 use super::raft_types::{LogId, RaftVote, Types, from_vote, to_position, to_vote};
-use crate::limits::PEER_MESSAGE_BYTES_MAX;
+use crate::limits::{CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX};
 use crate::storage::{LogPosition, LogRecord, Vote};
 
 /// Who this node is, as its peers see it.
@@ -89,8 +89,8 @@ impl Peers {
                     .http2_keep_alive_interval(self.stall)
                     .keep_alive_timeout(self.stall)
                     .keep_alive_while_idle(true)
-                    .initial_stream_window_size(PEER_MESSAGE_BYTES_MAX as u32)
-                    .initial_connection_window_size(PEER_MESSAGE_BYTES_MAX as u32)
+                    .initial_stream_window_size(CONNECTION_WINDOW_BYTES)
+                    .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                     .connect_lazy();
                 channels.insert((address.to_owned(), lane), channel.clone());
                 channel

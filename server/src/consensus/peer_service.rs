@@ -124,10 +124,7 @@ impl PeerService {
         Ok(())
     }
 
-    async fn append(
-        self: Arc<Self>,
-        mut requests: Streaming<v1::AppendRequest>,
-    ) -> Result<AppendResponses, Status> {
+    async fn append(self: Arc<Self>, mut requests: Streaming<v1::AppendRequest>) -> Result<AppendResponses, Status> {
         let first = requests.message().await?.ok_or_else(|| Status::invalid_argument("the stream is empty"))?;
         self.admit(first.route.as_ref()).await?;
         let first = append_from_wire(first)?;
