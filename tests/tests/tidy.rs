@@ -104,6 +104,7 @@ fn a_sleeping_test_is_seen() {
     is_refused("server/src/lib.rs", &format!("#[cfg(test)]\nmod tests {{\n{nap}\n}}"), "a test that sleeps");
     is_refused("go/a_test.go", concat!("time.Sle", "ep(1)"), "a test that sleeps");
     is_accepted("server/src/lib.rs", nap);
+    is_accepted("tests/tests/a.rs", &format!("while !done() {{\n{nap}\n}}"));
 }
 
 #[test]
