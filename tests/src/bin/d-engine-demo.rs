@@ -89,10 +89,10 @@ async fn run() -> ExitCode {
     let leader = cluster.leader(&[]).await;
     cluster.node_mut(leader).kill();
     *tally.killed.lock().unwrap() = Some(Instant::now());
-    bar.println(format!("killed node {leader}, the leader"));
+    say(&bar, &format!("killed node {leader}, the leader"));
     reached(&tally, entries.len() as u64 * 3 / 5).await;
     cluster.node_mut(leader).start();
-    bar.println(format!("started node {leader} again"));
+    say(&bar, &format!("started node {leader} again"));
 
     for task in writers {
         task.await.unwrap();
@@ -256,6 +256,11 @@ fn report(client: &Client, tally: &Tally, ready: Duration, loading: Duration) {
     for violation in violations.iter().take(10) {
         println!("VIOLATION: {violation}");
     }
+}
+
+/// Prints a line above the bar, or in its place where it cannot be drawn.
+fn say(bar: &ProgressBar, text: &str) {
+    if bar.is_hidden() { println!("{text}") } else { bar.println(text) }
 }
 
 fn bar(length: u64, what: &'static str) -> ProgressBar {
