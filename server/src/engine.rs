@@ -510,13 +510,14 @@ impl Engine {
 
     fn explain_propose(&self, error: ProposeError) -> EngineError {
         match error {
-            ProposeError::NotLeader { .. } if self.inner.consensus.role() == Role::Leader => {
+            ProposeError::NotLeader if self.inner.consensus.role() == Role::Leader => {
                 self.unavailable("its leadership is not confirmed by a quorum")
             }
-            ProposeError::NotLeader { .. } => self.not_leader(),
+            ProposeError::NotLeader => self.not_leader(),
             ProposeError::Overloaded { .. } => {
                 EngineError::Overloaded { reason: format!("{error} (raft.backpressure.max_pending_bytes)") }
             }
+            ProposeError::TooLarge { bytes } => EngineError::TooLarge { bytes, max: limits::REQUEST_BYTES_MAX },
             ProposeError::LeadershipLost => EngineError::LeadershipLost,
             ProposeError::Stopped => EngineError::Stopped,
         }
@@ -524,7 +525,7 @@ impl Engine {
 
     fn explain_read(&self, error: ReadIndexError) -> EngineError {
         match error {
-            ReadIndexError::NotLeader { .. } => self.unavailable("no leader is known"),
+            ReadIndexError::NoLeader => self.unavailable(error.to_string()),
             ReadIndexError::Unconfirmed { reason } => self.unavailable(reason),
             ReadIndexError::Overloaded { .. } => EngineError::Overloaded { reason: error.to_string() },
         }

@@ -29,6 +29,12 @@ pub const BATCH_COMMANDS_MAX: usize = 8192;
 /// gained.
 pub const ENTRIES_IN_FLIGHT_MAX: usize = 16;
 
+/// Log entries of one message to a peer; its bytes are bounded more tightly.
+pub const APPEND_ENTRIES_MAX: u64 = 4096;
+
+/// Messages to one peer that wait for its connection.
+pub const APPENDS_IN_FLIGHT_MAX: usize = 64;
+
 /// Linearizable reads that wait for the confirmation of leadership they share.
 pub const READS_WAITING_MAX: usize = 65_536;
 
@@ -85,7 +91,7 @@ pub const MONITORING_CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 /// Default of `raft.read_consistency.lease_duration_ms`.
 pub const LEASE_MS_DEFAULT: u64 = 250;
 
-/// Shortest lease: a fifth of it is the pause between heartbeats, and disks take milliseconds to acknowledge.
+/// Shortest lease: a third of it is the pause between heartbeats, and disks take milliseconds to acknowledge.
 pub const LEASE_MS_MIN: u64 = 50;
 
 /// Longest of all Raft times: nobody waits longer for a new leader on purpose.
@@ -100,8 +106,10 @@ pub const HEARTBEATS_PER_ELECTION_MIN: u64 = 3;
 /// Heartbeats that fit in one lease at least: it must not lapse between two of them.
 pub const HEARTBEATS_PER_LEASE_MIN: u64 = 2;
 
-/// Heartbeats in one lease, or in the shortest election timeout if that is shorter, unless configured.
-pub const HEARTBEATS_PER_LEASE_DEFAULT: u64 = 5;
+/// Heartbeats in one lease, or in the shortest election timeout if that is shorter, unless configured. As few as may
+/// be: openraft gives up on a heartbeat when the next is due, and its answer waits for the writes before it, so the
+/// pause must exceed a round trip and an fsync.
+pub const HEARTBEATS_PER_LEASE_DEFAULT: u64 = 3;
 
 /// How far the rates of two members' clocks may differ, in percent.
 pub const CLOCK_DRIFT_PERCENT_MAX: u64 = 5;

@@ -215,7 +215,7 @@ pub struct ElectionConfig {
     pub timeout_min: Option<Duration>,
     /// Longest such time; unset: one and a half times the larger of lease and `timeout_min`.
     pub timeout_max: Option<Duration>,
-    /// Pause between two heartbeats; unset: a fifth of the smaller of lease and `timeout_min`.
+    /// Pause between two heartbeats; unset: a third of the smaller of lease and `timeout_min`.
     pub heartbeat_interval: Option<Duration>,
 }
 

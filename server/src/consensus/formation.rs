@@ -6,7 +6,7 @@
 //!
 //! A node that restarts says hello too: whoever answers tells whether the cluster knows this very data directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,8 +20,10 @@ use super::network::{LocalIdentity, Peers};
 use super::raft_types::Raft;
 use crate::storage::Identity;
 
-/// Pause between two rounds of hellos.
+/// Pause between two rounds of hellos of a node that waits to be a member.
 const HELLO_PERIOD: Duration = Duration::from_millis(100);
+/// Longest pause between two rounds of a member that only wants to be sure of itself.
+const HELLO_PERIOD_MAX: Duration = Duration::from_secs(5);
 /// How many rounds pass between two lines in the log about who is missing.
 const ROUNDS_PER_REPORT: u32 = 50;
 
@@ -133,6 +135,7 @@ impl Formation {
     pub(super) async fn run(&self, raft: Raft, log: Log, peers: Peers) -> Result<(), MembershipRefused> {
         let mut hellos = Hellos::new();
         let mut rounds = 0;
+        let mut period = HELLO_PERIOD;
         let id = self.local.node_id;
         loop {
             // Asked of the core itself: right after the start the published metrics are still empty.
@@ -147,9 +150,13 @@ impl Formation {
             }
             let alone = hellos.values().all(|hello| hello.cluster_id == 0);
             if is_member {
-                if missing.is_empty() {
+                let learners_wait = self.add_learners(&raft, &hellos).await;
+                if missing.is_empty() && !learners_wait {
                     return Ok(());
                 }
+                // What a learner said while it was fresh may have changed.
+                hellos.retain(|_, hello| hello.cluster_id != 0);
+                period = (2 * period).min(HELLO_PERIOD_MAX);
             } else if missing.is_empty() && alone && self.is_founder() {
                 self.found(&raft, &log, &hellos).await;
             } else if rounds % ROUNDS_PER_REPORT == ROUNDS_PER_REPORT - 1 {
@@ -160,7 +167,7 @@ impl Formation {
                 }
             }
             rounds += 1;
-            tokio::time::sleep(HELLO_PERIOD).await;
+            tokio::time::sleep(period).await;
         }
     }
 
@@ -245,27 +252,45 @@ impl Formation {
             return;
         }
         self.local.join(cluster_id);
-        let member_of = |initial: &v1::InitialMember| {
-            let hello = hellos.get(&initial.id);
-            Member {
-                peer_address: initial.address.clone(),
-                client_address: hello.map_or(&self.client_address, |hello| &hello.client_address).clone(),
-                application_address: hello.map_or(&self.application_address, |h| &h.application_address).clone(),
-                incarnation: hello.map_or(self.local.incarnation, |hello| hello.incarnation),
-            }
-        };
-        let (learners, voters): (Vec<_>, Vec<_>) = self.initial_cluster.iter().partition(|member| member.learner);
-        let voters: BTreeMap<u32, Member> = voters.into_iter().map(|member| (member.id, member_of(member))).collect();
+        let voters = self.initial_cluster.iter().filter(|member| !member.learner);
+        let voters: BTreeMap<u32, Member> =
+            voters.map(|member| (member.id, self.member_of(member, hellos.get(&member.id)))).collect();
         if let Err(error) = raft.initialize(voters).await {
             tracing::error!(%error, "the cluster cannot be formed");
             return;
         }
         tracing::info!(cluster = format_args!("{cluster_id:016x}"), "formed the cluster");
+    }
+
+    /// What the membership records of an initial member; without a hello it is this node.
+    fn member_of(&self, initial: &v1::InitialMember, hello: Option<&v1::HelloResponse>) -> Member {
+        Member {
+            peer_address: initial.address.clone(),
+            client_address: hello.map_or(&self.client_address, |hello| &hello.client_address).clone(),
+            application_address: hello.map_or(&self.application_address, |h| &h.application_address).clone(),
+            incarnation: hello.map_or(self.local.incarnation, |hello| hello.incarnation),
+        }
+    }
+
+    /// As the leader, adds initial learners that are fresh. Returns whether one waits to be added, by whomever.
+    async fn add_learners(&self, raft: &Raft, hellos: &Hellos) -> bool {
+        let (leads, members) = {
+            let metrics = raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let members: BTreeSet<u32> = metrics.membership_config.nodes().map(|(id, _)| *id).collect();
+            (metrics.current_leader == Some(metrics.id), members)
+        };
+        let learners = self.initial_cluster.iter().filter(|member| member.learner && !members.contains(&member.id));
+        let mut waiting = false;
         for learner in learners {
-            if let Err(error) = raft.add_learner(learner.id, member_of(learner), false).await {
-                tracing::warn!(learner = learner.id, %error, "an initial learner cannot be added");
+            let Some(hello) = hellos.get(&learner.id).filter(|hello| hello.cluster_id == 0) else { continue };
+            waiting = true;
+            if leads && let Err(error) = raft.add_learner(learner.id, self.member_of(learner, Some(hello)), false).await
+            {
+                tracing::debug!(learner = learner.id, %error, "the learner cannot be added yet");
             }
         }
+        waiting
     }
 }
 

@@ -20,10 +20,10 @@ use super::proposer::{ProposeError, Proposer};
 use super::raft_types::{Raft, StoredMembership};
 use super::read_index::{ReadIndex, ReadIndexError};
 use crate::clock::Moment;
-use crate::limits::ENTRIES_IN_FLIGHT_MAX;
+use crate::limits::APPEND_ENTRIES_MAX;
 use crate::metrics::Metrics;
 use crate::state_machine::StateMachine;
-use crate::storage::{Durability, Identity, StorageEngine, StorageError, StorageOperation, StorageState};
+use crate::storage::{Durability, Identity, LogPosition, StorageEngine, StorageError, StorageOperation, StorageState};
 
 /// The times Raft runs by. The configuration has checked how they relate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +65,17 @@ pub enum StartError {
         expected: NodeId,
         /// The directory's node.
         found: NodeId,
+    },
+    /// The log was lost, the state machine's data was not.
+    #[error(
+        "the state machine has applied entry {applied}, but the log ends at {last}: the log directory was lost or \
+         replaced; restore it, or remove the member from the cluster, empty the whole data directory and add it again"
+    )]
+    StateWithoutLog {
+        /// The last entry applied.
+        applied: LogIndex,
+        /// The last entry of the log; 0: none.
+        last: LogIndex,
     },
     /// The directory cannot be used, or the disk failed.
     #[error(transparent)]
@@ -122,13 +133,14 @@ impl Consensus {
         metrics: Arc<Metrics>,
     ) -> Result<(Self, peer_service::Server), StartError> {
         let state = engine.state().map_err(Arc::new)?;
+        let recovered = state_machine.applied();
+        check_log_reaches(&state, recovered.position)?;
         let identity = claim_directory(&*engine, &state, config.node_id)?;
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
         let log = Log::start(engine, &state, metrics.clone()).map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
         let peers = Peers::new(local.clone(), stall);
 
-        let recovered = state_machine.applied();
         let (applied_sender, applied) =
             watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
         let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
@@ -293,7 +305,7 @@ impl Consensus {
     pub async fn transfer_leadership(&self, patience: Duration) {
         let Some((term, successor)) = self.successor() else { return };
         tracing::info!(successor, "handing over leadership");
-        self.inner.leadership.renounce(term);
+        let _no_lease_meanwhile = self.inner.leadership.renounce(term);
         if let Err(error) = self.inner.raft.trigger().transfer_leader(successor).await {
             tracing::warn!(%error, "leadership cannot be handed over");
             return;
@@ -324,6 +336,8 @@ impl Consensus {
 
     /// Stops: hands leadership over, ends every task, and makes the state machine durable. Idempotent.
     pub async fn stop(&self) {
+        // Held to the end: whatever reign this node may still come to, it serves no read under it.
+        let _no_lease = self.inner.leadership.renounce(self.inner.leadership.term().get());
         self.transfer_leadership(4 * self.inner.timings.election_max).await;
         if let Err(error) = self.inner.raft.shutdown().await {
             tracing::warn!(%error, "consensus ended abnormally");
@@ -335,6 +349,17 @@ impl Consensus {
             Ok(Err(error)) => tracing::error!(%error, "the state machine cannot be made durable; the log will replay"),
             Err(error) => tracing::error!(%error, "flushing the state machine panicked"),
         }
+    }
+}
+
+/// A state machine that is ahead of the log could never be brought to the state of the others.
+fn check_log_reaches(state: &StorageState, applied: Option<LogPosition>) -> Result<(), StartError> {
+    let last = state.last.max(state.purged).map_or(LogIndex(0), |position| position.index);
+    match applied {
+        Some(applied) if state.last.or(state.purged).is_none() || applied.index > last => {
+            Err(StartError::StateWithoutLog { applied: applied.index, last })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -358,7 +383,7 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
         heartbeat_interval: milliseconds(timings.heartbeat),
         election_timeout_min: milliseconds(timings.election_min),
         election_timeout_max: milliseconds(timings.election_max),
-        max_payload_entries: ENTRIES_IN_FLIGHT_MAX as u64,
+        max_payload_entries: APPEND_ENTRIES_MAX,
         snapshot_policy: SnapshotPolicy::Never,
         // The removed leader's step-down is ours to drive, together with its read lease.
         removed_leader_step_down: StepDownPolicy::Never,
@@ -381,7 +406,9 @@ async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings) 
         .with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<_>>())
         .await
         .map_err(|error| StartError::Raft(error.to_string()))?;
-    if never_promised || voters == [*raft.node_id()] {
+    // The only voter keeps no promise to anybody, unless its last one was to a leader that has removed itself since.
+    let promised_nobody = state.vote.is_none_or(|vote| vote.node_id.get() == *raft.node_id());
+    if never_promised || (voters == [*raft.node_id()] && promised_nobody) {
         raft.runtime_config().elect(true);
         return Ok(Quarantine::NONE);
     }

@@ -69,6 +69,8 @@ pub(super) struct Leadership {
 struct Reign {
     /// The term whose lease was given up for a transfer.
     renounced: Option<u64>,
+    /// Transfers under way; openraft hands over whichever term it is in, so there is no lease at all meanwhile.
+    transfers: u32,
     /// Store time and moment at which this node's reign of the term began.
     store_clock: Option<(u64, StoreTime, Moment)>,
 }
@@ -98,6 +100,12 @@ impl Leadership {
         nanoseconds(Moment::now()) < self.lease_end.load(Ordering::Acquire)
     }
 
+    /// Zero without a lease.
+    fn lease_left(&self) -> Duration {
+        let end = self.lease_end.load(Ordering::Acquire);
+        Duration::from_nanos(end.saturating_sub(nanoseconds(Moment::now())))
+    }
+
     pub(super) fn term(&self) -> Term {
         Term(self.term.load(Ordering::Relaxed))
     }
@@ -111,11 +119,15 @@ impl Leadership {
         }
     }
 
-    /// Gives up the lease for the rest of `term`. From the return on no read is served under it.
-    pub(super) fn renounce(&self, term: u64) {
+    /// Gives up the lease for the rest of `term`, and any lease until the result is dropped. From the return on no
+    /// read is served under one.
+    #[must_use]
+    pub(super) fn renounce(self: &Arc<Self>, term: u64) -> Renounced {
         let mut reign = self.reign.lock();
         reign.renounced = Some(term);
+        reign.transfers += 1;
         self.lease_end.store(0, Ordering::Release);
+        Renounced(self.clone())
     }
 
     /// To be called when an append of the current leader was accepted.
@@ -130,6 +142,19 @@ impl Leadership {
             Some((_, base, since)) => StoreTime(base.0 + Moment::now().since(since)),
             None => StoreTime::default(),
         }
+    }
+}
+
+/// While it lives this node has no lease, in any term.
+pub(super) struct Renounced(Arc<Leadership>);
+
+impl Drop for Renounced {
+    fn drop(&mut self) {
+        let term = self.0.term().get();
+        let mut reign = self.0.reign.lock();
+        reign.transfers -= 1;
+        // The reign of now may be the one that was handed over.
+        reign.renounced = reign.renounced.max(Some(term));
     }
 }
 
@@ -171,27 +196,31 @@ impl Monitor {
         let mut tick = tokio::time::interval(self.timings.lease / 8);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let stopped = self.observe().is_none();
-            if stopped {
-                self.publish(None, 0);
-                return;
+            if self.observe().is_none() {
+                break;
             }
+            let lease_left = self.leadership.lease_left();
             tokio::select! {
                 changed = WatchReceiver::changed(&mut changes) => if changed.is_err() {
-                    self.publish(None, 0);
-                    return;
+                    break;
                 },
                 // Readiness follows the first entry of a reign at once.
                 changed = self.applied.changed(), if self.leadership.info().is_none() => if changed.is_err() {
-                    self.publish(None, 0);
-                    return;
+                    break;
                 },
+                // The end of the lease is published at once.
+                () = tokio::time::sleep(lease_left), if !lease_left.is_zero() => {}
                 _ = tick.tick() => {}
             }
         }
+        self.leadership.role.store(0, Ordering::Relaxed);
+        self.publish(None, 0);
     }
 
+    /// `None` once openraft has stopped.
     fn observe(&mut self) -> Option<()> {
+        // Before what it is compared with: a pause in between must not make a lease longer.
+        let now = Moment::now();
         let observed = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
@@ -206,12 +235,12 @@ impl Monitor {
                     _ => Role::Learner,
                 },
                 term: metrics.current_term,
-                leader: metrics.current_leader,
+                // Known by its address too: what is published can be reached.
+                leader: metrics.current_leader.filter(|leader| membership.get_node(leader).is_some()),
                 quorum_acknowledged: metrics.last_quorum_acked.map(|acknowledged| acknowledged.into_inner().0),
                 sole_voter: voters.next() == Some(metrics.id) && voters.next().is_none(),
             }
         };
-        let now = Moment::now();
         let applied = *self.applied.borrow_and_update();
         let reign_is_applied = applied.position.is_some_and(|position| position.term.get() == observed.term);
         self.leadership.role.store(
@@ -258,8 +287,8 @@ impl Monitor {
     fn publish(&self, info: Option<LeaderInfo>, lease_end: u64) {
         let info = {
             let reign = self.leadership.reign.lock();
-            // Only this node's own reign can be one that it renounced.
-            let info = info.filter(|info| reign.renounced != Some(info.term));
+            let own = |info: &LeaderInfo| info.leader_id == *self.raft.node_id();
+            let info = info.filter(|info| !own(info) || (reign.transfers == 0 && reign.renounced != Some(info.term)));
             self.leadership.lease_end.store(if info.is_some() { lease_end } else { 0 }, Ordering::Release);
             info
         };

@@ -2,8 +2,16 @@
 //!
 //! Appended entries are readable at once. One writer thread takes everything that waits, writes it with one fsync
 //! and reports all of it; while it does, the next group gathers. Steps reach the disk in the order openraft asked for
-//! them, which is why only a vote is waited for: a truncation or purge that a crash undoes was never built upon,
-//! since whatever followed it was lost with it.
+//! them. Votes and truncations are waited for; a purge is not, since one that a crash undoes costs nothing.
+//!
+//! Why a truncation is waited for: what is durable and what is committed are compared by position, and positions of a
+//! tail that waits to be dropped lie about both.
+//! ```text
+//! on disk (1,5); queued (3,6) .. (3,39), which no quorum has
+//! the leader of term 4: truncate after (1,5), append (2,6) .. (2,20), committed up to (2,10)
+//! without the wait: (3,24) reaches the disk, is "not below (2,10)", and the crash comes now:
+//! (3,6) .. (3,10) are applied at restart as if they were committed
+//! ```
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,7 +20,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use d_engine_proto::LogIndex;
-use futures_util::{Stream, TryStreamExt, stream};
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{LogState, OptionalSend, RaftLogReader};
 use parking_lot::{Mutex, RwLock};
@@ -27,6 +35,8 @@ use crate::storage::{
 
 /// Entries kept in memory for followers and the state machine; older ones are read from the disk.
 const WINDOW_BYTES_MAX: usize = 16 << 20;
+/// What an entry takes in memory besides its payload.
+const ENTRY_OVERHEAD_BYTES: usize = 128;
 /// Payload bytes of one read: what one message to a peer carries.
 const READ_BYTES_MAX: usize = 1 << 20;
 /// Payload bytes of one group commit.
@@ -64,7 +74,7 @@ struct Window {
 
 enum Job {
     Append { records: Vec<LogRecord>, callback: IOFlushed<Types> },
-    Truncate(Option<LogIndex>),
+    Truncate { last: Option<LogPosition>, done: oneshot::Sender<Result<(), Arc<StorageError>>> },
     Purge(LogPosition),
     Save { operation: StorageOperation, done: oneshot::Sender<Result<(), Arc<StorageError>>> },
     Stop,
@@ -103,8 +113,7 @@ impl Log {
         self.shared.jobs.closed().await;
     }
 
-    /// The last entry on the disk. Positions order by term first, so an entry is durable once this is not below it,
-    /// also across truncations.
+    /// The last entry on the disk. An entry of the log is durable once this is not below it.
     pub(super) fn durable(&self) -> watch::Receiver<Option<LogPosition>> {
         self.shared.durable.clone()
     }
@@ -120,9 +129,16 @@ impl Log {
     }
 
     async fn save(&self, operation: StorageOperation) -> io::Result<()> {
-        let (done, saved) = oneshot::channel();
-        self.submit(Job::Save { operation, done }).await?;
-        match saved.await {
+        self.submit_and_wait(|done| Job::Save { operation, done }).await
+    }
+
+    async fn submit_and_wait(
+        &self,
+        job: impl FnOnce(oneshot::Sender<Result<(), Arc<StorageError>>>) -> Job,
+    ) -> io::Result<()> {
+        let (done, written) = oneshot::channel();
+        self.submit(job(done)).await?;
+        match written.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(io::Error::other(error)),
             Err(_) => Err(writer_is_gone()),
@@ -151,6 +167,21 @@ impl Log {
         let read = move || engine.read(LogIndex(start), LogIndex(end), READ_BYTES_MAX);
         let records = tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?.map_err(io::Error::other)?;
         records.into_iter().map(|record| entry::decode(record).map_err(io::Error::other)).collect()
+    }
+}
+
+impl Log {
+    /// The entries of `[start, end)`, page by page; the last page is empty if the log ends before `end`.
+    fn pages(self, start: u64, end: u64) -> impl Stream<Item = io::Result<Vec<Entry>>> + Send {
+        stream::try_unfold(Some(start), move |next| {
+            let log = self.clone();
+            async move {
+                let Some(next) = next.filter(|next| *next < end) else { return Ok(None) };
+                let page = log.read_some(next, end).await?;
+                let after = page.last().map(|entry| entry.log_id.index() + 1);
+                Ok(Some((page, after)))
+            }
+        })
     }
 }
 
@@ -213,7 +244,8 @@ impl RaftLogReader<Types> for Log {
         &mut self,
         range: RB,
     ) -> Result<Vec<Entry>, io::Error> {
-        self.entries_stream(range).await.try_collect().await
+        let (start, end) = half_open(&range);
+        self.clone().pages(start, end).try_concat().await
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
@@ -226,16 +258,17 @@ impl RaftLogReader<Types> for Log {
         RB: RangeBounds<u64> + Clone + std::fmt::Debug + OptionalSend,
     {
         let (start, end) = half_open(&range);
-        let log = self.clone();
-        let pages = stream::try_unfold(start, move |next| {
-            let log = log.clone();
-            async move {
-                let page = log.read_some(next, end).await?;
-                let after = page.last().map(|entry| entry.log_id.index() + 1);
-                Ok::<_, io::Error>(after.map(|after| (stream::iter(page.into_iter().map(Ok)), after)))
-            }
-        });
-        Box::pin(pages.try_flatten())
+        // openraft takes what such a range lacks at its end for applied.
+        Box::pin(
+            self.clone()
+                .pages(start, end)
+                .map(move |page| match page {
+                    Ok(page) if page.is_empty() => Err(io::Error::other(format!("the log lacks entries before {end}"))),
+                    page => page,
+                })
+                .map_ok(|page| stream::iter(page.into_iter().map(Ok)))
+                .try_flatten(),
+        )
     }
 
     async fn read_vote(&mut self) -> Result<Option<RaftVote>, io::Error> {
@@ -280,7 +313,7 @@ impl RaftLogStorage<Types> for Log {
             let mut window = self.shared.window.write();
             for entry in entries {
                 let record = entry::encode(&entry);
-                window.push(entry, record.payload.len());
+                window.push(entry, record.payload.len() + ENTRY_OVERHEAD_BYTES);
                 records.push(record);
             }
             window.trim(*self.shared.durable.borrow());
@@ -291,7 +324,7 @@ impl RaftLogStorage<Types> for Log {
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let last = last.as_ref().map(to_position);
         self.shared.window.write().truncate_after(last);
-        self.submit(Job::Truncate(last.map(|last| last.index))).await
+        self.submit_and_wait(|done| Job::Truncate { last, done }).await
     }
 
     async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
@@ -347,9 +380,8 @@ impl Writer {
                 next = if stopping || group.bytes >= GROUP_BYTES_MAX { None } else { queue.try_recv().ok() };
             }
             committed = take_committed().or(committed);
-            // Never ahead of the log: were a crash to undo a truncation that still waits in the queue, the entries
-            // it was to drop would seem committed.
-            let last = group.last.or(*self.durable.borrow());
+            // Never ahead of the log that this group leaves behind.
+            let last = group.last.unwrap_or(*self.durable.borrow());
             if let Some(position) = committed.take_if(|position| Some(*position) <= last) {
                 group.operations.push(StorageOperation::SaveCommitted(position));
             }
@@ -367,7 +399,7 @@ impl Writer {
         match result {
             Ok(()) => {
                 if let Some(last) = group.last {
-                    self.durable.send_replace(Some(last));
+                    self.durable.send_replace(last);
                 }
                 for callback in group.callbacks {
                     callback.io_completed(Ok(()));
@@ -398,7 +430,8 @@ struct Group {
     callbacks: Vec<IOFlushed<Types>>,
     saves: Vec<oneshot::Sender<Result<(), Arc<StorageError>>>>,
     bytes: usize,
-    last: Option<LogPosition>,
+    /// The log's last entry after the group, if the group changes it.
+    last: Option<Option<LogPosition>>,
 }
 
 impl Group {
@@ -406,12 +439,16 @@ impl Group {
     fn add(&mut self, job: Job) -> bool {
         match job {
             Job::Append { records, callback } => {
-                self.last = records.last().map(|record| record.position).or(self.last);
+                self.last = records.last().map(|record| Some(record.position)).or(self.last);
                 self.bytes += records.iter().map(|record| record.payload.len()).sum::<usize>();
                 self.operations.extend(records.into_iter().map(StorageOperation::Append));
                 self.callbacks.push(callback);
             }
-            Job::Truncate(after) => self.operations.push(StorageOperation::TruncateAfter(after)),
+            Job::Truncate { last, done } => {
+                self.last = Some(last);
+                self.operations.push(StorageOperation::TruncateAfter(last.map(|last| last.index)));
+                self.saves.push(done);
+            }
             Job::Purge(upto) => self.operations.push(StorageOperation::PurgeTo(upto)),
             Job::Save { operation, done } => {
                 self.operations.push(operation);
@@ -515,5 +552,38 @@ mod tests {
         append(&mut log, vec![blank(1, 6)]).await.unwrap_err();
         log.save_vote(&RaftVote::new(3, 1)).await.unwrap_err();
         assert!(log.fault().borrow().is_some());
+    }
+
+    /// An engine that writes only what it is allowed to.
+    struct Gated(MemoryStorageEngine, Mutex<std::sync::mpsc::Receiver<()>>);
+
+    impl StorageEngine for Gated {
+        fn state(&self) -> Result<StorageState, StorageError> {
+            self.0.state()
+        }
+        fn read(&self, start: LogIndex, end: LogIndex, bytes_max: usize) -> Result<Vec<LogRecord>, StorageError> {
+            self.0.read(start, end, bytes_max)
+        }
+        fn write(&self, operations: &[StorageOperation], durability: Durability) -> Result<(), StorageError> {
+            self.1.lock().recv().unwrap();
+            self.0.write(operations, durability)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_replaces_a_tail_waits_until_the_tail_is_gone_from_the_disk() {
+        let (allow, allowed) = std::sync::mpsc::channel();
+        let engine = Arc::new(Gated(MemoryStorageEngine::default(), Mutex::new(allowed)));
+        let mut log = Log::start(engine.clone(), &StorageState::default(), Arc::default()).unwrap();
+        allow.send(()).unwrap();
+        append(&mut log, (0..6).map(|index| blank(1, index)).collect()).await.unwrap();
+        log.append((6..40).map(|index| blank(3, index)).collect::<Vec<_>>(), IOFlushed::noop()).await.unwrap();
+        let mut truncating = Box::pin(log.truncate_after(Some(LogId::new_term_index(1, 5))));
+        assert!(futures_util::poll!(&mut truncating).is_pending(), "the tail is still to be written");
+        allow.send(()).unwrap();
+        allow.send(()).unwrap();
+        truncating.await.unwrap();
+        assert_eq!(*log.durable().borrow(), Some(LogPosition { term: 1.into(), index: 5.into() }));
+        assert_eq!(engine.state().unwrap().last, Some(LogPosition { term: 1.into(), index: 5.into() }));
     }
 }

@@ -11,6 +11,7 @@
 //!                              └► applier ──► StateMachine ──► answers straight to the callers
 //! ```
 
+mod appends;
 mod applier;
 mod entry;
 mod formation;

@@ -23,13 +23,16 @@ use openraft::raft::{
 };
 use openraft::{OptionalSend, alias::SnapshotOf};
 use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Status, Streaming};
 
+use super::appends::Appends;
 use super::entry;
 use super::member::Member;
 use super::raft_types::{LogId, RaftVote, Types, from_vote, to_position, to_vote};
-use crate::limits::{CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX};
+use crate::limits::{APPENDS_IN_FLIGHT_MAX, CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX};
 use crate::storage::{LogPosition, LogRecord, Vote};
 
 /// Who this node is, as its peers see it.
@@ -172,7 +175,7 @@ impl Connection {
     }
 }
 
-fn unreachable(status: Status) -> RPCError<Types> {
+pub(super) fn unreachable(status: Status) -> RPCError<Types> {
     // openraft backs off from an unreachable peer, and every failure here is worth that.
     RPCError::Unreachable(Unreachable::from_string(format!("{:?}: {}", status.code(), status.message())))
 }
@@ -197,63 +200,12 @@ impl NetStreamAppend<Types> for Connection {
             // openraft backs off inside the stream of requests. A transport polls that only once it is connected, so
             // without waiting for the first request here an unreachable peer would be tried without a pause.
             let Some(first) = input.next().await else { return Ok(stream::empty().boxed()) };
-            let input = stream::iter([first]).chain(input);
+            let (requests, outgoing) = mpsc::channel(APPENDS_IN_FLIGHT_MAX);
             let mut client = self.client(self.lane)?;
-            let sent = Arc::new(AtomicU64::new(0));
-            let mut route = Some(self.route());
-            let counter = sent.clone();
-            let requests = input.map(move |request| {
-                counter.fetch_add(1, Ordering::Relaxed);
-                append_to_wire(route.take(), request)
-            });
-            let responses = within(stall, client.append(requests)).await.map_err(unreachable)?.into_inner();
-            Ok(Responses { responses, sent, received: 0, stall }.into_stream().boxed())
+            let call = client.append(ReceiverStream::new(outgoing));
+            let responses = within(stall, call).await.map_err(unreachable)?.into_inner();
+            Ok(Appends::new(first, input, Some(self.route()), requests, responses, stall).boxed())
         })
-    }
-}
-
-/// The answers of one append stream, with a watch over its progress.
-struct Responses {
-    responses: Streaming<v1::AppendResponse>,
-    sent: Arc<AtomicU64>,
-    received: u64,
-    stall: Duration,
-}
-
-impl Responses {
-    fn into_stream(self) -> impl Stream<Item = Result<StreamAppendResult<Types>, RPCError<Types>>> {
-        stream::unfold(Some(self), |state| async move {
-            let mut responses = state?;
-            match responses.next().await {
-                Ok(None) => None,
-                Ok(Some(response)) => {
-                    let result = append_result_from_wire(response);
-                    let goes_on = matches!(result, Ok(Ok(_)));
-                    Some((result, goes_on.then_some(responses)))
-                }
-                Err(status) => Some((Err(unreachable(status)), None)),
-            }
-        })
-    }
-
-    async fn next(&mut self) -> Result<Option<v1::AppendResponse>, Status> {
-        let mut was_waiting = false;
-        loop {
-            match tokio::time::timeout(self.stall, self.responses.message()).await {
-                Ok(message) => {
-                    self.received += 1;
-                    return message;
-                }
-                // Two periods in a row with a request unanswered: at least one whole period without progress.
-                Err(_) => {
-                    let waiting = self.sent.load(Ordering::Relaxed) > self.received;
-                    if waiting && was_waiting {
-                        return Err(Status::deadline_exceeded("the peer stopped answering appends"));
-                    }
-                    was_waiting = waiting;
-                }
-            }
-        }
     }
 }
 
@@ -333,7 +285,7 @@ pub(super) fn vote_in(vote: Option<v1::Vote>) -> Result<RaftVote, Status> {
     Ok(from_vote(Vote { term: vote.term.into(), node_id: vote.node_id.into(), committed: vote.committed }))
 }
 
-fn append_to_wire(route: Option<v1::Route>, request: AppendEntriesRequest<Types>) -> v1::AppendRequest {
+pub(super) fn append_to_wire(route: Option<v1::Route>, request: AppendEntriesRequest<Types>) -> v1::AppendRequest {
     let entries = request
         .entries
         .iter()
@@ -380,7 +332,9 @@ pub(super) fn append_result_to_wire(result: &StreamAppendResult<Types>) -> v1::A
     v1::AppendResponse { result: Some(result) }
 }
 
-fn append_result_from_wire(response: v1::AppendResponse) -> Result<StreamAppendResult<Types>, RPCError<Types>> {
+pub(super) fn append_result_from_wire(
+    response: v1::AppendResponse,
+) -> Result<StreamAppendResult<Types>, RPCError<Types>> {
     use v1::append_response::Result as Wire;
     Ok(match response.result {
         Some(Wire::Matched(matched)) => Ok(matched.last.map(log_id_in)),

@@ -6,14 +6,13 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use d_engine_proto::NodeId;
 use openraft::errors::ClientWriteError;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::entry::{Batch, COMMAND_OVERHEAD_BYTES};
-use super::leadership::Leadership;
+use super::leadership::{LeaderInfo, Leadership, Role};
 use super::raft_types::{Callback, Raft, WriteResult};
-use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX};
+use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::Metrics;
 
 /// What a pending proposal takes of the bound besides its command, so that tiny ones are bounded too.
@@ -22,17 +21,20 @@ const PROPOSAL_OVERHEAD_BYTES: usize = 256;
 /// Why a proposal has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
-    /// Certainly not applied: this node does not lead, or has no quorum. The leader, if one is known.
+    /// Certainly not applied: this node does not lead, or has no quorum.
     #[error("this node is not the leader")]
-    NotLeader {
-        /// Who leads instead, as far as openraft knows.
-        leader: Option<NodeId>,
-    },
+    NotLeader,
     /// Certainly not applied: too much is pending.
     #[error("{pending_bytes_max} bytes of proposals are pending already")]
     Overloaded {
         /// The bound that is reached.
         pending_bytes_max: usize,
+    },
+    /// Certainly not applied: one log entry could not carry it to the peers.
+    #[error("the command has {bytes} bytes, the limit is {REQUEST_BYTES_MAX}")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
     },
     /// Not known: a successor may or may not commit it.
     #[error("leadership was lost after the proposal was accepted")]
@@ -47,6 +49,7 @@ pub(super) type Answer = Result<Bytes, ProposeError>;
 /// The queue in front of openraft.
 pub(super) struct Proposer {
     queue: mpsc::Sender<Proposal>,
+    leadership: Arc<Leadership>,
     pending_bytes: Arc<Semaphore>,
     pending_bytes_max: usize,
 }
@@ -69,17 +72,24 @@ impl Proposer {
         let (queue, proposals) = mpsc::channel(pending_bytes_max.div_ceil(PROPOSAL_OVERHEAD_BYTES));
         let batcher = Batcher {
             raft,
-            leadership,
+            leader: leadership.subscribe(),
+            leadership: leadership.clone(),
             metrics,
             in_flight: Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX)),
             held_back: None,
         };
         tokio::spawn(batcher.run(proposals));
-        Self { queue, pending_bytes: Arc::new(Semaphore::new(pending_bytes_max)), pending_bytes_max }
+        Self { queue, leadership, pending_bytes: Arc::new(Semaphore::new(pending_bytes_max)), pending_bytes_max }
     }
 
     /// Proposes one command; the receiver gets its answer. Dropping the receiver does not withdraw the command.
     pub(super) fn propose(&self, command: Bytes) -> Result<oneshot::Receiver<Answer>, ProposeError> {
+        if self.leadership.role() != Role::Leader {
+            return Err(ProposeError::NotLeader);
+        }
+        if command.len() > REQUEST_BYTES_MAX {
+            return Err(ProposeError::TooLarge { bytes: command.len() });
+        }
         let overloaded = ProposeError::Overloaded { pending_bytes_max: self.pending_bytes_max };
         let bytes = u32::try_from(command.len() + PROPOSAL_OVERHEAD_BYTES).map_err(|_| overloaded.clone())?;
         let permit = self.pending_bytes.clone().try_acquire_many_owned(bytes).map_err(|_| overloaded.clone())?;
@@ -88,7 +98,7 @@ impl Proposer {
         match self.queue.try_send(proposal) {
             Ok(()) => Ok(answered),
             // The batcher never saw it.
-            Err(mpsc::error::TrySendError::Closed(_)) => Err(ProposeError::NotLeader { leader: None }),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(ProposeError::NotLeader),
             Err(mpsc::error::TrySendError::Full(_)) => Err(overloaded),
         }
     }
@@ -99,8 +109,16 @@ impl Proposer {
     }
 }
 
+impl Proposal {
+    fn refuse(self) {
+        // Nobody may be waiting any more.
+        let _ = self.answer.send(Err(ProposeError::NotLeader));
+    }
+}
+
 struct Batcher {
     raft: Raft,
+    leader: watch::Receiver<Option<LeaderInfo>>,
     leadership: Arc<Leadership>,
     metrics: Arc<Metrics>,
     in_flight: Arc<Semaphore>,
@@ -112,7 +130,7 @@ impl Batcher {
     async fn run(mut self, mut proposals: mpsc::Receiver<Proposal>) {
         loop {
             // First the slot, then the batch: what arrives while every slot is taken joins it.
-            let Ok(slot) = self.in_flight.clone().acquire_owned().await else { return };
+            let Some(slot) = self.slot(&mut proposals).await else { return };
             let first = match self.held_back.take() {
                 Some(proposal) => proposal,
                 None => match proposals.recv().await {
@@ -120,9 +138,31 @@ impl Batcher {
                     None => return,
                 },
             };
+            if first.answer.is_closed() {
+                continue;
+            }
             let batch = self.fill(first, &mut proposals);
             self.metrics.batch(batch.len());
             self.submit(batch, slot).await;
+        }
+    }
+
+    /// Waits for a place in the pipeline. A leader that is cut off has its pipeline full of entries that no quorum
+    /// answers; what would wait behind them is certainly not applied, and told so.
+    async fn slot(&mut self, proposals: &mut mpsc::Receiver<Proposal>) -> Option<OwnedSemaphorePermit> {
+        let slot = self.in_flight.clone().acquire_owned();
+        tokio::pin!(slot);
+        loop {
+            let leaderless = self.leader.borrow_and_update().is_none();
+            if leaderless && let Some(proposal) = self.held_back.take() {
+                proposal.refuse();
+            }
+            tokio::select! {
+                biased;
+                slot = &mut slot => return slot.ok(),
+                proposal = proposals.recv(), if leaderless => proposal?.refuse(),
+                changed = self.leader.changed() => changed.ok()?,
+            }
         }
     }
 
@@ -131,6 +171,10 @@ impl Batcher {
         let mut batch = vec![first];
         while batch.len() < BATCH_COMMANDS_MAX {
             let Ok(proposal) = proposals.try_recv() else { break };
+            // Nobody waits for it any more, and nobody was told that it was applied.
+            if proposal.answer.is_closed() {
+                continue;
+            }
             let size = proposal.command.len() + COMMAND_OVERHEAD_BYTES;
             if bytes + size > BATCH_BYTES_MAX {
                 self.held_back = Some(proposal);
@@ -173,7 +217,7 @@ impl Batcher {
 fn explain(error: ClientWriteError<super::raft_types::Types>) -> ProposeError {
     match error {
         // Refused before it was appended.
-        ClientWriteError::ForwardToLeader(forward) => ProposeError::NotLeader { leader: forward.leader_id.map(NodeId) },
+        ClientWriteError::ForwardToLeader(_) => ProposeError::NotLeader,
         // It was appended, and other logs may hold it: a truncation here proves nothing about them.
         ClientWriteError::LogEntryDiscarded(_) => ProposeError::LeadershipLost,
         // Only membership changes and preconditions, neither of which is proposed here.

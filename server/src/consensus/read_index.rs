@@ -3,7 +3,7 @@
 //! One confirmation by a quorum serves every read that arrived before it began. Reads that arrive while one is under
 //! way wait for the next, since the running one may have begun before a write they must see.
 
-use d_engine_proto::{LogIndex, NodeId};
+use d_engine_proto::LogIndex;
 use futures_util::future::BoxFuture;
 use openraft::ReadPolicy;
 use openraft::async_runtime::watch::WatchReceiver;
@@ -17,12 +17,9 @@ use crate::limits::READS_WAITING_MAX;
 /// Why a read could not be confirmed. It is always safe to ask again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReadIndexError {
-    /// This node does not lead. The leader, if one is known.
-    #[error("this node is not the leader")]
-    NotLeader {
-        /// Who leads instead, as far as openraft knows.
-        leader: Option<NodeId>,
-    },
+    /// No leader is known here, or the one that was asked does not lead.
+    #[error("no leader is known")]
+    NoLeader,
     /// No quorum answered, or the leader could not be asked.
     #[error("leadership could not be confirmed: {reason}")]
     Unconfirmed {
@@ -67,9 +64,7 @@ impl ReadIndex {
 async fn confirm(raft: Raft) -> Confirmed {
     match raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
         Ok(linearizer) => Ok(LogIndex(linearizer.read_log_id().index())),
-        Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
-            Err(ReadIndexError::NotLeader { leader: forward.leader_id.map(NodeId) })
-        }
+        Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(ReadIndexError::NoLeader),
         Err(error) => Err(ReadIndexError::Unconfirmed { reason: error.to_string() }),
     }
 }
@@ -89,7 +84,7 @@ async fn confirm_anywhere(raft: Raft, peers: Peers) -> Confirmed {
             .read_index(id, &member)
             .await
             .map_err(|status| ReadIndexError::Unconfirmed { reason: format!("leader {id}: {}", status.message()) }),
-        None => Err(ReadIndexError::NotLeader { leader: None }),
+        None => Err(ReadIndexError::NoLeader),
     }
 }
 

@@ -119,9 +119,14 @@ struct Cluster {
 }
 
 impl Cluster {
-    async fn start(size: usize) -> Self {
+    async fn start(voters: usize) -> Self {
+        Self::start_with_learners(voters, 0).await
+    }
+
+    /// Ids ascending, voters first.
+    async fn start_with_learners(voters: usize, learners: usize) -> Self {
         let mut listeners = Vec::new();
-        for _ in 0..size {
+        for _ in 0..voters + learners {
             listeners.push(tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap());
         }
         let members: Vec<_> = listeners
@@ -130,7 +135,7 @@ impl Cluster {
             .map(|(listener, id)| v1::InitialMember {
                 id,
                 address: listener.local_addr().unwrap().to_string(),
-                learner: false,
+                learner: id as usize > voters,
             })
             .collect();
         let mut nodes = Vec::new();
@@ -179,6 +184,7 @@ async fn three_nodes_agree_and_a_follower_reads_what_was_acknowledged() {
     counts.sort_unstable();
     assert_eq!(counts, (1..=1000).collect::<Vec<_>>(), "each command is applied once and answered with its own answer");
     for node in &cluster.nodes {
+        within(node.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
         within(node.consensus.confirm_read()).await.unwrap();
         assert_eq!(node.list.commands(), leader.list.commands());
     }
@@ -194,7 +200,7 @@ async fn a_write_on_a_follower_is_refused_and_every_node_names_the_leader() {
         assert_eq!(known, Some(leader));
         if node.consensus.node_id() != NodeId(leader.leader_id) {
             let refused = within(node.consensus.propose(Bytes::from_static(b"x"))).await.unwrap_err();
-            assert_eq!(refused, ProposeError::NotLeader { leader: Some(NodeId(leader.leader_id)) });
+            assert_eq!(refused, ProposeError::NotLeader);
         }
     }
 }
@@ -218,6 +224,7 @@ async fn a_transfer_ends_the_lease_for_good_and_the_successor_has_every_write() 
     assert!(new.consensus.leader().unwrap().term > reign.term);
     assert_eq!(new.list.commands(), ["before"]);
     within(new.consensus.propose(Bytes::from_static(b"after"))).await.unwrap();
+    within(old.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
     within(old.consensus.confirm_read()).await.unwrap();
     assert_eq!(old.list.commands(), ["before", "after"]);
 }
@@ -293,7 +300,43 @@ async fn another_nodes_directory_is_refused() {
 async fn proposals_past_the_bound_are_refused_at_once() {
     let cluster = Cluster::start(1).await;
     let leader = cluster.leader().await;
-    let refused = leader.consensus.propose(Bytes::from(vec![0; 2 << 20])).await.unwrap_err();
+    let refused = leader.consensus.propose(Bytes::from(vec![0; 1 << 20])).await.unwrap_err();
     assert_eq!(refused, ProposeError::Overloaded { pending_bytes_max: 1 << 20 });
+    let refused = leader.consensus.propose(Bytes::from(vec![0; 2 << 20])).await.unwrap_err();
+    assert_eq!(refused, ProposeError::TooLarge { bytes: 2 << 20 });
     leader.consensus.propose(Bytes::from(vec![0; 600 << 10])).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_initial_learner_becomes_a_member_and_follows() {
+    let cluster = Cluster::start_with_learners(3, 1).await;
+    let leader = cluster.leader().await;
+    within(leader.consensus.propose(Bytes::from_static(b"kept"))).await.unwrap();
+    let learner = &cluster.nodes[3];
+    within(async {
+        while learner.list.commands() != ["kept"] {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let membership = learner.consensus.membership();
+    assert!(membership.get(NodeId(4)).is_some());
+    assert_eq!(membership.voters().collect::<Vec<_>>(), [NodeId(1), NodeId(2), NodeId(3)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_without_its_log_is_refused() {
+    let list = Arc::new(List::default());
+    list.0.lock().0.position = Some(LogPosition { term: 3.into(), index: 17.into() });
+    let config = ConsensusConfig {
+        node_id: NodeId(1),
+        initial_cluster: vec![],
+        client_address: String::new(),
+        application_address: String::new(),
+        timings: TIMINGS,
+        pending_bytes_max: 1 << 20,
+    };
+    let engine: Arc<dyn StorageEngine> = Arc::new(MemoryStorageEngine::default());
+    let refused = Consensus::start(config, engine, list, Arc::default()).await.err().unwrap();
+    assert!(matches!(refused, StartError::StateWithoutLog { .. }), "{refused}");
 }
