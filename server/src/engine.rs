@@ -6,7 +6,7 @@
 //! | policy | earned by |
 //! | --- | --- |
 //! | linearizable | one confirmation by a quorum, begun after the read arrived |
-//! | lease | the leader's lease, checked against the clock at this moment; without one, as linearizable |
+//! | lease | the leader's lease, checked against the clock at this moment, and having applied what any member may show; without a lease, as linearizable |
 //! | eventual | nothing |
 
 use std::sync::Arc;
@@ -449,14 +449,18 @@ impl Engine {
             _ => return Err(EngineError::PolicyFixed { default }),
         };
         let consensus = &self.inner.consensus;
-        match policy {
-            v1::Consistency::Eventual => return Ok(()),
-            v1::Consistency::Lease if consensus.is_leader() => return Ok(()),
-            v1::Consistency::Lease if consensus.role() != Role::Leader => return Err(self.not_leader()),
-            _ => {}
+        let earned = async {
+            match policy {
+                v1::Consistency::Eventual => Ok(()),
+                v1::Consistency::Lease if consensus.confirm_read_by_lease().await? => Ok(()),
+                _ => consensus.confirm_read().await,
+            }
+        };
+        if policy == v1::Consistency::Lease && consensus.role() != Role::Leader {
+            return Err(self.not_leader());
         }
-        match tokio::time::timeout_at(deadline, consensus.confirm_read()).await {
-            Ok(confirmed) => confirmed.map_err(|error| self.explain_read(error)),
+        match tokio::time::timeout_at(deadline, earned).await {
+            Ok(earned) => earned.map_err(|error| self.explain_read(error)),
             Err(_) => Err(late("a quorum to confirm the leader")),
         }
     }

@@ -16,6 +16,7 @@
 
 use std::collections::VecDeque;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -28,7 +29,7 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::sync::PollSender;
 use tonic::Status;
 
-use super::network::{append_result_from_wire, append_to_wire, unreachable};
+use super::network::{ToldCommit, append_result_from_wire, append_to_wire, unreachable};
 use super::raft_types::{LogId, Types};
 
 type Answer = Result<StreamAppendResult<Types>, RPCError<Types>>;
@@ -41,6 +42,7 @@ pub(super) struct Appends<S, R> {
     input: Option<(S, PollSender<v1::AppendRequest>)>,
     /// Goes along with the first request.
     route: Option<v1::Route>,
+    told_commit: Arc<ToldCommit>,
     responses: R,
     /// Where each request that has no answer yet ends.
     unanswered: VecDeque<Option<LogId>>,
@@ -59,6 +61,7 @@ where
         first: AppendEntriesRequest<Types>,
         input: S,
         route: Option<v1::Route>,
+        told_commit: Arc<ToldCommit>,
         requests: mpsc::Sender<v1::AppendRequest>,
         responses: R,
         stall: Duration,
@@ -67,6 +70,7 @@ where
             first: Some(first),
             input: Some((input, PollSender::new(requests))),
             route,
+            told_commit,
             responses,
             unanswered: VecDeque::new(),
             patience: Box::pin(tokio::time::sleep(stall)),
@@ -103,6 +107,7 @@ where
             }
             let end = request.entries.last().map(|entry| entry.log_id).or(request.prev_log_id);
             self.unanswered.push_back(end);
+            self.told_commit.tell(request.leader_commit.as_ref());
             // Cannot fail: the place was reserved, and the responses tell of a peer that is gone.
             let _ = sender.send_item(append_to_wire(self.route.take(), request));
         }
@@ -192,7 +197,7 @@ mod tests {
         let (outgoing, sent) = mpsc::channel(16);
         let (answers, responses) = mpsc::channel(16);
         let (input, responses) = (ReceiverStream::new(input), ReceiverStream::new(responses));
-        let appends = Appends::new(first, input, None, outgoing, responses, Duration::from_secs(5));
+        let appends = Appends::new(first, input, None, Arc::default(), outgoing, responses, Duration::from_secs(5));
         (appends, Peer { requests, sent, answers })
     }
 

@@ -59,6 +59,30 @@ impl LocalIdentity {
     }
 }
 
+/// The largest commit position that this node has told any peer, as an index.
+///
+/// A peer may apply an entry, and show it to a reader, before this node has applied it. A read from this node's memory
+/// that begins afterwards must show it too, so that every lease read waits for what was told before it began:
+/// ```text
+/// leader: commits X, tells B ──────────────────────── lease read: without the wait, before X ── applies X
+/// B:                   applies X, a linearizable read here shows it ──╯ ends before that begins
+/// ```
+#[derive(Debug, Default)]
+pub(super) struct ToldCommit(AtomicU64);
+
+impl ToldCommit {
+    /// To be called before the message leaves.
+    pub(super) fn tell(&self, committed: Option<&LogId>) {
+        if let Some(committed) = committed {
+            self.0.fetch_max(committed.index(), Ordering::AcqRel);
+        }
+    }
+
+    pub(super) fn index(&self) -> LogIndex {
+        LogIndex(self.0.load(Ordering::Acquire))
+    }
+}
+
 /// Two connections per peer, so that a heartbeat or a vote never waits behind data.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Lane {
@@ -71,13 +95,19 @@ enum Lane {
 pub(super) struct Peers {
     local: Arc<LocalIdentity>,
     channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
+    told_commit: Arc<ToldCommit>,
     /// A stream on which nothing moves for this long, though something should, is broken.
     stall: Duration,
 }
 
 impl Peers {
     pub(super) fn new(local: Arc<LocalIdentity>, stall: Duration) -> Self {
-        Self { local, channels: Arc::default(), stall }
+        Self { local, channels: Arc::default(), told_commit: Arc::default(), stall }
+    }
+
+    /// The commit position that the peers were told.
+    pub(super) fn told_commit(&self) -> &Arc<ToldCommit> {
+        &self.told_commit
     }
 
     fn client(&self, address: &str, lane: Lane) -> Result<PeerClient<Channel>, Status> {
@@ -204,7 +234,8 @@ impl NetStreamAppend<Types> for Connection {
             let mut client = self.client(self.lane)?;
             let call = client.append(ReceiverStream::new(outgoing));
             let responses = within(stall, call).await.map_err(unreachable)?.into_inner();
-            Ok(Appends::new(first, input, Some(self.route()), requests, responses, stall).boxed())
+            let told = self.peers.told_commit.clone();
+            Ok(Appends::new(first, input, Some(self.route()), told, requests, responses, stall).boxed())
         })
     }
 }
