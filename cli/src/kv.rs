@@ -252,19 +252,22 @@ async fn range(range: RangeArgs, args: &ClientArgs) -> Result<(), Failure> {
         let answer = request.count_only().await?;
         return match args.output {
             Layout::Json => output::json(&json!({ "header": HeaderJson::from(answer.header), "count": answer.count })),
-            Layout::Table => output::line(&answer.count.to_string()),
+            Layout::Table => {
+                output::line(&answer.count.map_or_else(|| "unknown".to_owned(), |count| count.to_string()))
+            }
         };
     }
-    let (mut pages, mut kvs, mut first) = (request.pages(), Vec::new(), None);
+    let (mut pages, mut kvs, mut header, mut more) = (request.pages(), Vec::new(), None, false);
     while let Some(page) = pages.next().await? {
         kvs.extend(page.kvs);
-        first = first.or(Some((page.header, page.count)));
+        header = header.or(Some(page.header));
+        more = page.rest.is_some();
     }
-    let (header, count) = first.unwrap_or_default();
     match args.output {
         Layout::Json => output::json(&json!({
-            "header": HeaderJson::from(header),
-            "count": count,
+            "header": HeaderJson::from(header.unwrap_or_default()),
+            "count": (!more).then_some(kvs.len()),
+            "more": more,
             "kvs": kvs.iter().map(KeyValueJson::from).collect::<Vec<_>>(),
         })),
         Layout::Table if range.keys_only => kvs.iter().try_for_each(|kv| output::line(&args.encoding.encode(&kv.key))),

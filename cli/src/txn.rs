@@ -275,7 +275,8 @@ fn print_results(answer: &TxnResponse, args: &ClientArgs) -> Result<(), Failure>
                 print_some(get.kv.iter(), args)?;
             }
             TxnResult::Range(range) => {
-                output::line(&format!("{number}. range: {} of {} keys", range.kvs.len(), range.count))?;
+                let more = if range.rest.is_some() { ", more are left" } else { "" };
+                output::line(&format!("{number}. range: {} keys{more}", range.kvs.len()))?;
                 print_some(&range.kvs, args)?;
             }
             TxnResult::Delete(delete) => {

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::{Behaviour, PATIENCE, cluster};
 use tempfile::TempDir;
 
@@ -134,10 +134,28 @@ fn ranges_have_bounds_order_limits_and_counts() {
     assert_eq!(keys(&["--prefix", "p/", "--descending", "--limit", "2"]), ["p/3", "p/2"]);
     assert_eq!(keys(&["p/2", "--end", "q"]), ["p/2", "p/3"]);
     assert_eq!(server.text(&["kv", "range", "--prefix", "p/", "--count-only"]), "3\n");
-    assert_eq!(server.json(&["kv", "range", "--limit", "1"])["count"], 5);
+    let whole = server.json(&["kv", "range"]);
+    assert_eq!((&whole["count"], &whole["more"]), (&json!(5), &json!(false)));
+    let part = server.json(&["kv", "range", "--limit", "1"]);
+    assert_eq!((&part["count"], &part["more"]), (&Value::Null, &json!(true)), "what is left out is not counted");
     assert_eq!(server.json(&["kv", "del", "p/", "--prefix"])["deleted"], 3);
     assert_eq!(server.json(&["kv", "del", "a", "--range-end", "b"])["deleted"], 1);
     assert_eq!(keys(&[]), ["q"]);
+}
+
+#[test]
+fn the_largest_request_is_served_and_a_larger_one_names_the_limit() {
+    let server = Server::start();
+    // The key and the headers of the fields take 11 bytes of the request.
+    let largest = vec![b'v'; (3 << 19) - 11];
+    let put = |value: &[u8]| run(&server.address, &["kv", "put", "k", "-"], value);
+    let written = put(&largest);
+    assert!(written.status.success(), "{written:?}");
+    assert!(server.run(&["kv", "get", "k", "--raw"]).stdout == largest);
+    let (code, message) = code_and_message(put(&[&largest[..], b"v"].concat()));
+    assert_eq!(code, 5, "{message}");
+    assert!(message.contains("1572865 bytes, the limit is 1572864 (request_bytes_max)"), "{message}");
+    assert!(server.run(&["kv", "get", "k", "--raw"]).stdout == largest);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use d_engine_proto::{DetailedStatus, ErrorCode, v1};
+use d_engine_proto::{DetailedStatus, ErrorCode, limits, v1};
 use tokio::time::Instant;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -19,8 +19,10 @@ use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::topology::{Address, Pick, Route};
 use crate::wire::Unary;
 
-/// Bytes of an answer; what is larger is refused instead of filling the memory.
-const REPLY_BYTES_MAX: usize = 64 << 20;
+/// Bytes of an answer; what is larger is refused instead of filling the memory. As much as generated stubs of every
+/// language accept, with a margin for what an answer has besides keys and values.
+const REPLY_BYTES_MAX: usize = 4 << 20;
+const _: () = assert!(limits::ANSWER_BYTES_MAX + (64 << 10) <= REPLY_BYTES_MAX as u64);
 /// An attempt that takes longer makes the client ask whether somebody else leads by now. A node is not backed off for
 /// having less time than this.
 const SUSPECT_AFTER: Duration = Duration::from_millis(300);

@@ -33,8 +33,9 @@ pub struct RangeResponse {
     pub header: Header,
     /// The keys, in the order asked for.
     pub kvs: Vec<KeyValue>,
-    /// Keys in the interval, whatever the limit.
-    pub count: u64,
+    /// Keys in the interval, if the page leaves none of them out: what is left is not counted, except by
+    /// [`count_only`](Range::count_only).
+    pub count: Option<u64>,
     /// The part of the interval that is left; `None` if the page ends it.
     pub rest: Option<KeyRange>,
 }
@@ -76,7 +77,7 @@ impl Range {
         self
     }
 
-    /// Returns only the count.
+    /// Returns only the count, that of the whole interval.
     pub fn count_only(mut self) -> Self {
         self.count_only = true;
         self

@@ -211,10 +211,10 @@ impl Client {
         Get { client: self.clone(), key: key.into_bytes(), read: ReadOptions::of(self) }
     }
 
-    /// Reads several keys at one revision; 1024 at most.
+    /// Reads several keys at one revision; 1024 at most, and together no more than an answer carries.
     ///
     /// # Errors
-    /// As [`get`](Self::get).
+    /// As [`get`](Self::get); `InvalidArgument` too for more than that.
     pub fn get_many(&self, keys: impl IntoIterator<Item = impl IntoBytes>) -> GetMany {
         let keys = keys.into_iter().map(IntoBytes::into_bytes).collect();
         GetMany { client: self.clone(), keys, read: ReadOptions::of(self) }

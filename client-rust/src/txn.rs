@@ -336,7 +336,8 @@ impl Client {
     /// Dropping the future leaves the outcome unknown.
     ///
     /// # Errors
-    /// As [`put`](Self::put); `InvalidArgument` too for two puts of one key in a branch.
+    /// As [`put`](Self::put); `InvalidArgument` too for two puts of one key in a branch, and for an answer too large: then
+    /// nothing was applied.
     pub fn txn(&self, txn: Txn) -> TxnCall {
         TxnCall { client: self.clone(), txn, read: ReadOptions::of(self) }
     }

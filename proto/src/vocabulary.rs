@@ -14,7 +14,7 @@ pub enum ErrorCode {
     Unavailable,
     /// The deadline of the call passed before its answer was known.
     DeadlineExceeded,
-    /// A configured limit is reached: pending proposals, request size, operations of a transaction.
+    /// A limit is reached: bytes of pending proposals, waiting reads, or bytes of a request.
     ResourceExhausted,
     /// The revision asked for is older than the oldest one kept.
     Compacted,
@@ -101,7 +101,7 @@ impl ErrorCode {
             Self::Unavailable => "The node cannot serve now: no leader, no quorum, starting, stopping, or unreachable.",
             Self::DeadlineExceeded => "The deadline of the call passed before its answer was known.",
             Self::ResourceExhausted => {
-                "A configured limit is reached: pending proposals, request size, operations of a transaction."
+                "A limit is reached: bytes of pending proposals, waiting reads, or bytes of a request."
             }
             Self::Compacted => "The revision asked for is older than the oldest one kept.",
             Self::FutureRevision => "The revision asked for has not been issued yet.",
@@ -195,6 +195,8 @@ impl ErrorCode {
 
 /// Bounds that are part of the protocol.
 pub mod limits {
+    /// Bytes of the encoded keys and values in one answer; a get-many or a transaction that would answer more is refused.
+    pub const ANSWER_BYTES_MAX: u64 = 4128768;
     /// Keys of one get-many request.
     pub const GET_MANY_KEYS_MAX: u64 = 1024;
     /// Bytes of a key; a key has at least one.

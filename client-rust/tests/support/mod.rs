@@ -270,7 +270,7 @@ impl Kv for Service {
             v1::RangeResponse {
                 header: Some(header),
                 kvs: page,
-                count,
+                count: next.is_none().then_some(count),
                 more: next.is_some(),
                 next: next.unwrap_or_default(),
             }

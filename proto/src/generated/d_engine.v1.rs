@@ -11,7 +11,7 @@ pub enum ErrorCode {
     Unavailable = 3,
     /// The deadline of the call passed before its answer was known.
     DeadlineExceeded = 4,
-    /// A configured limit is reached: pending proposals, request size, operations of a transaction.
+    /// A limit is reached: bytes of pending proposals, waiting reads, or bytes of a request.
     ResourceExhausted = 5,
     /// The revision asked for is older than the oldest one kept.
     Compacted = 6,
@@ -661,7 +661,7 @@ pub struct GetManyRequest {
 pub struct GetManyResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
-    /// The keys that exist, in the order asked for.
+    /// The keys that exist, in the order asked for; all of them, or the request is refused (answer_bytes_max).
     #[prost(message, repeated, tag = "2")]
     pub kvs: ::prost::alloc::vec::Vec<KeyValue>,
 }
@@ -679,7 +679,7 @@ pub struct RangeRequest {
     /// Leave the values out.
     #[prost(bool, tag = "5")]
     pub keys_only: bool,
-    /// Return only the count.
+    /// Return only the count, that of the whole interval: `limit` and `order` have no effect.
     #[prost(bool, tag = "6")]
     pub count_only: bool,
 }
@@ -689,9 +689,10 @@ pub struct RangeResponse {
     pub header: ::core::option::Option<ResponseHeader>,
     #[prost(message, repeated, tag = "2")]
     pub kvs: ::prost::alloc::vec::Vec<KeyValue>,
-    /// Keys in the interval, whatever the limit.
-    #[prost(uint64, tag = "3")]
-    pub count: u64,
+    /// Keys in the interval of this request. Absent with `more`: what a page leaves out is not counted, since counting
+    /// costs as much as reading. `count_only` counts.
+    #[prost(uint64, optional, tag = "3")]
+    pub count: ::core::option::Option<u64>,
     /// Whether keys are left. Continue with `next` as the new bound, at header.revision for a consistent whole.
     #[prost(bool, tag = "4")]
     pub more: bool,
@@ -816,6 +817,8 @@ pub mod compare {
 }
 /// One operation of a transaction. Reads are as of the transaction: they see what earlier operations wrote, and
 /// their read options must be unset, except on the outermost request of a transaction that cannot write.
+/// What all operations return is bounded by answer_bytes_max; beyond it the transaction is refused and changes nothing.
+/// Its ranges share the bounds of one page.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TxnOperation {
     #[prost(oneof = "txn_operation::Operation", tags = "1, 2, 3, 4, 5, 6")]

@@ -8,7 +8,8 @@ use bytes::{Buf, BufMut, Bytes};
 use d_engine_proto::v1::cluster_client::ClusterClient;
 use d_engine_proto::v1::kv_client::KvClient;
 use d_engine_proto::v1::{self, Outcome};
-use d_engine_proto::{DetailedStatus, ErrorCode, NodeId};
+use d_engine_proto::{DetailedStatus, ErrorCode, NodeId, limits};
+use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -175,14 +176,39 @@ async fn an_error_carries_code_and_outcome() {
 async fn a_request_that_is_too_large_is_refused_by_the_name_of_the_limit_however_large_it_is() {
     let node = Node::start().await;
     let mut kv = node.kv().await;
-    for bytes in [REQUEST_BYTES_MAX, CLIENT_MESSAGE_BYTES_MAX + 1, 16 << 20] {
+    let command = v1::Command { command: Some(v1::command::Command::Put(put("k", vec![0; REQUEST_BYTES_MAX]))) };
+    let most = 2 * REQUEST_BYTES_MAX - command.encoded_len();
+    kv.put(put("k", vec![0; most])).await.unwrap();
+    for bytes in [most + 1, CLIENT_MESSAGE_BYTES_MAX + 1, 16 << 20] {
         let refused = kv.put(put("k", vec![0; bytes])).await.unwrap_err();
         let error = details(&refused);
         assert_eq!(error.code(), Some(ErrorCode::ResourceExhausted), "{bytes}");
         assert_eq!(error.outcome(), Outcome::NotApplied, "{bytes}");
         assert!(error.message.contains(&REQUEST_BYTES_MAX.to_string()), "{}", error.message);
+        assert!(error.message.contains("request_bytes_max"), "{}", error.message);
     }
-    kv.put(put("k", vec![0; REQUEST_BYTES_MAX - 1024])).await.unwrap();
+}
+
+/// The stub has the limits that every language's stubs have unless told otherwise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_generated_stub_accepts_the_largest_answer_and_is_told_which_limit_a_larger_one_exceeds() {
+    let node = Node::start().await;
+    let mut kv = node.kv().await;
+    let max = usize::try_from(limits::ANSWER_BYTES_MAX).unwrap();
+    for key in ["a", "b", "c"] {
+        kv.put(put(key, vec![0; max / 3 - 64])).await.unwrap();
+    }
+    let request = v1::GetManyRequest { keys: ["a", "b", "c"].map(Bytes::from).to_vec(), read: None };
+    let answer = kv.get_many(request.clone()).await.unwrap().into_inner();
+    let missing = max - v1::GetManyResponse { header: None, ..answer }.encoded_len();
+    kv.put(put("c", vec![0; max / 3 - 64 + missing])).await.unwrap();
+    let answer = kv.get_many(request.clone()).await.unwrap().into_inner();
+    assert_eq!(v1::GetManyResponse { header: None, ..answer }.encoded_len(), max);
+
+    kv.put(put("c", vec![0; max / 3 - 64 + missing + 1])).await.unwrap();
+    let refused = details(&kv.get_many(request).await.unwrap_err());
+    assert_eq!((refused.code(), refused.outcome()), (Some(ErrorCode::InvalidArgument), Outcome::NotApplied));
+    assert!(refused.message.contains("answer_bytes_max"), "{}", refused.message);
 }
 
 #[tokio::test(flavor = "multi_thread")]

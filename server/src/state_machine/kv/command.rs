@@ -180,17 +180,40 @@ impl Txn {
         })
     }
 
-    /// Whether applying it can fail halfway: only what asks for the previous values of a range can.
-    pub(super) fn may_fail(&self) -> bool {
-        self.then.iter().chain(&self.otherwise).any(|operation| match operation {
-            Operation::Write(Write::DeleteRange { return_previous, .. }) => *return_previous,
-            Operation::Txn(nested) => nested.may_fail(),
-            _ => false,
-        })
+    /// Whether applying it can fail after it has changed something: its answer may grow too large. The usual ones
+    /// either write or return what is there.
+    pub(super) fn may_fail_halfway(&self) -> bool {
+        [&self.then, &self.otherwise]
+            .into_iter()
+            .any(|branch| branch.iter().any(Operation::writes) && branch.iter().any(Operation::returns_keys))
+    }
+
+    fn operations(&self) -> impl Iterator<Item = &Operation> {
+        self.then.iter().chain(&self.otherwise)
     }
 }
 
 impl Operation {
+    fn writes(&self) -> bool {
+        match self {
+            Self::Get(_) | Self::Range(_) => false,
+            Self::Write(_) => true,
+            Self::Txn(nested) => nested.operations().any(Self::writes),
+        }
+    }
+
+    fn returns_keys(&self) -> bool {
+        match self {
+            Self::Get(_) | Self::Range(_) => true,
+            Self::Write(
+                Write::Put { return_previous, .. }
+                | Write::Delete { return_previous, .. }
+                | Write::DeleteRange { return_previous, .. },
+            ) => *return_previous,
+            Self::Txn(nested) => nested.operations().any(Self::returns_keys),
+        }
+    }
+
     fn convert(operation: v1::TxnOperation) -> Result<Self, KvError> {
         use txn_operation::Operation as Wire;
         Ok(match required(operation.operation, "operation")? {

@@ -84,14 +84,13 @@ pub enum KvError {
         /// The lease asked for.
         lease: u64,
     },
-    /// Previous values that would not fit in an answer.
+    /// Keys and values that would not fit in an answer.
     #[error(
-        "deleting this range would return more than {} keys or {} bytes: delete smaller ranges, or do not ask for what \
-         they held",
-        limits::RANGE_PAGE_KEYS_MAX,
-        limits::RANGE_PAGE_BYTES_MAX
+        "the answer would have more than {} bytes (answer_bytes_max): ask for fewer keys or previous values, or for a \
+         smaller transaction",
+        limits::ANSWER_BYTES_MAX
     )]
-    PreviousTooLarge,
+    AnswerTooLarge,
     /// A revision that is gone.
     #[error("revision {requested} is compacted: the oldest one left is {minimum}")]
     Compacted {
@@ -124,7 +123,7 @@ impl KvError {
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
-            // The bounds are fixed: the same bytes can never succeed, so this is not an exhaustion that passes.
+            // The bounds are fixed and nothing passes with time, so none of this is an exhaustion.
             Self::EmptyKey { .. }
             | Self::KeyTooLong { .. }
             | Self::Missing { .. }
@@ -137,7 +136,7 @@ impl KvError {
             | Self::TwoPuts { .. }
             | Self::MisplacedReadOptions
             | Self::NotReadOnly
-            | Self::PreviousTooLarge
+            | Self::AnswerTooLarge
             | Self::Undecodable { .. } => ErrorCode::InvalidArgument,
             Self::NoLeases { .. } | Self::NoQueries => ErrorCode::Unsupported,
             Self::Compacted { .. } => ErrorCode::Compacted,

@@ -7,8 +7,9 @@ use d_engine_proto::{Revision, v1};
 
 use super::command::RangeQuery;
 use super::error::ReadError;
-use super::page::{Page, Room};
+use super::page;
 use super::read::{self, Source};
+use super::room::Room;
 use crate::storage::versions::{KeyVersion, VersionStore};
 
 /// A past revision that exists, but may not have been written behind yet.
@@ -59,12 +60,12 @@ impl PastStore {
     /// Answers a read of several keys.
     ///
     /// # Errors
-    /// [`ReadError::Storage`].
+    /// [`ReadError::Storage`]; [`KvError::AnswerTooLarge`](super::KvError::AnswerTooLarge).
     pub fn get_many(&self, request: &v1::GetManyRequest) -> Result<v1::GetManyResponse, ReadError> {
         read::get_many(&self, request)
     }
 
-    /// Answers a read of an interval, up to a page. Walks the whole interval, since it counts it.
+    /// Answers a read of an interval, up to a page. To count it walks the whole interval.
     ///
     /// # Errors
     /// [`ReadError::Refused`] or [`ReadError::Storage`].
@@ -91,10 +92,6 @@ impl Source for &PastStore {
     fn range(&self, query: &RangeQuery, room: &mut Room) -> Result<v1::RangeResponse, ReadError> {
         let interval = &query.interval;
         let mut cursor = self.versions.scan(&interval.start, interval.end.as_deref(), self.revision, query.order);
-        let mut page = Page::new(query, room);
-        while let Some(version) = cursor.advance()? {
-            page.offer(&version);
-        }
-        Ok(page.finish())
+        page::fill(query, room, || Ok(cursor.advance()?))
     }
 }

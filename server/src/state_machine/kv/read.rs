@@ -5,7 +5,7 @@ use d_engine_proto::v1::{self, command_reply::Reply, txn_result};
 
 use super::command::{Compare, Operation, RangeQuery, Target, Txn, Write};
 use super::error::KvError;
-use super::page::{Room, key_value};
+use super::room::Room;
 use crate::storage::versions::KeyVersion;
 
 /// The keys as of one moment.
@@ -15,11 +15,12 @@ pub(super) trait Source {
 
     fn get(&self, key: &[u8]) -> Result<Option<KeyVersion>, Self::Error>;
 
-    /// One page of an interval.
+    /// One page of an interval, in whose answer it takes room.
     fn range(&self, query: &RangeQuery, room: &mut Room) -> Result<v1::RangeResponse, Self::Error>;
 
-    /// Writes, where that is possible; reads see it from then on.
-    fn write(&mut self, _write: Write) -> Result<Written, Self::Error> {
+    /// Writes, where that is possible; reads see it from then on. What it returns takes room; without room nothing is
+    /// written.
+    fn write(&mut self, _write: Write, _room: &mut Room) -> Result<Written, Self::Error> {
         Err(KvError::NotReadOnly.into())
     }
 }
@@ -52,14 +53,19 @@ impl From<Written> for txn_result::Result {
 }
 
 pub(super) fn get<S: Source>(source: &S, request: &v1::GetRequest) -> Result<v1::GetResponse, S::Error> {
-    let kv = source.get(&request.key)?.as_ref().map(key_value);
+    get_within(source, &request.key, &mut Room::default())
+}
+
+fn get_within<S: Source>(source: &S, key: &[u8], room: &mut Room) -> Result<v1::GetResponse, S::Error> {
+    let kv = source.get(key)?.map(|version| room.key_value(&version)).transpose()?;
     Ok(v1::GetResponse { header: None, kv })
 }
 
 pub(super) fn get_many<S: Source>(source: &S, request: &v1::GetManyRequest) -> Result<v1::GetManyResponse, S::Error> {
+    let mut room = Room::default();
     let mut kvs = Vec::with_capacity(request.keys.len());
     for key in &request.keys {
-        kvs.extend(source.get(key)?.as_ref().map(key_value));
+        kvs.extend(get_within(source, key, &mut room)?.kv);
     }
     Ok(v1::GetManyResponse { header: None, kvs })
 }
@@ -84,12 +90,9 @@ pub(super) fn run<S: Source>(source: &mut S, txn: Txn, room: &mut Room) -> Resul
     let mut results = Vec::with_capacity(branch.len());
     for operation in branch {
         let result = match operation {
-            Operation::Get(key) => {
-                let kv = source.get(&key)?.as_ref().map(key_value);
-                txn_result::Result::Get(v1::GetResponse { header: None, kv })
-            }
+            Operation::Get(key) => txn_result::Result::Get(get_within(source, &key, room)?),
             Operation::Range(query) => txn_result::Result::Range(source.range(&query, room)?),
-            Operation::Write(write) => source.write(write)?.into(),
+            Operation::Write(write) => source.write(write, room)?.into(),
             Operation::Txn(nested) => txn_result::Result::Txn(run(source, nested, room)?),
         };
         results.push(v1::TxnResult { result: Some(result) });

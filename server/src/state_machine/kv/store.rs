@@ -11,8 +11,9 @@ use prost::Message;
 use super::command::{Command, CompareAndSwap, Interval, RangePart, RangeQuery, Txn, Write};
 use super::error::KvError;
 use super::keys::Keys;
-use super::page::{Page, Room, key_value};
+use super::page;
 use super::read::{self, Source, Written};
+use super::room::Room;
 use crate::state_machine::{CommittedEntry, EntryContent};
 use crate::storage::versions::{Change, KeyVersion, ScanOrder, StoreState};
 
@@ -85,7 +86,7 @@ impl Store {
     /// Answers a read of several keys; the header is left to the caller.
     ///
     /// # Errors
-    /// None at present: the type is that of every read.
+    /// [`KvError::AnswerTooLarge`].
     pub fn get_many(&self, request: &v1::GetManyRequest) -> Result<v1::GetManyResponse, KvError> {
         read::get_many(&&self.keys, request)
     }
@@ -101,7 +102,7 @@ impl Store {
     /// Answers a transaction that cannot write; the header is left to the caller.
     ///
     /// # Errors
-    /// The first rule broken; [`KvError::NotReadOnly`].
+    /// The first rule broken; [`KvError::NotReadOnly`] or [`KvError::AnswerTooLarge`].
     pub fn txn(&self, request: &v1::TxnRequest) -> Result<v1::TxnResponse, KvError> {
         read::txn(&mut &self.keys, request)
     }
@@ -141,11 +142,12 @@ impl Store {
     /// Applies one command. An error means that nothing changed.
     fn apply_command(&mut self, command: Command, changes: &mut Vec<Change>) -> Result<Reply, KvError> {
         let changed_before = changes.len();
+        let mut room = Room::default();
         let mut step = Step { keys: &mut self.keys, revision: self.state.revision.next(), changes };
         let reply = match command {
-            Command::Write(write) => step.write(write)?.into(),
-            Command::CompareAndSwap(swap) => Reply::CompareAndSwap(step.compare_and_swap(&swap)),
-            Command::Txn(txn) => Reply::Txn(step.txn(txn)?),
+            Command::Write(write) => step.write(write, &mut room)?.into(),
+            Command::CompareAndSwap(swap) => Reply::CompareAndSwap(step.compare_and_swap(&swap, &mut room)?),
+            Command::Txn(txn) => Reply::Txn(step.txn(txn, &mut room)?),
         };
         if changes.len() > changed_before {
             self.state.revision = self.state.revision.next();
@@ -204,7 +206,7 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    fn put(&mut self, key: &[u8], value: &[u8]) -> Option<Arc<KeyVersion>> {
+    fn put(&mut self, key: &[u8], value: &[u8]) {
         let (create_revision, version) = match self.keys.get(key) {
             Some(held) => (held.create_revision, held.version + 1),
             None => (self.revision, 1),
@@ -213,45 +215,47 @@ impl Step<'_> {
         let mod_revision = self.revision;
         let version = Arc::new(KeyVersion { key, value, create_revision, mod_revision, version, lease: LeaseId(0) });
         self.changes.push(Change::Put(Arc::clone(&version)));
-        self.keys.insert(version)
+        self.keys.insert(version);
     }
 
-    fn delete(&mut self, key: &[u8]) -> Option<Arc<KeyVersion>> {
-        let held = self.keys.remove(key)?;
+    /// Returns whether the key existed.
+    fn delete(&mut self, key: &[u8]) -> bool {
+        let Some(held) = self.keys.remove(key) else { return false };
         self.changes.push(Change::Delete { key: held.key.clone(), revision: self.revision });
-        Some(held)
+        true
     }
 
-    fn delete_range(&mut self, interval: &Interval, return_previous: bool) -> Result<v1::DeleteRangeResponse, KvError> {
+    fn delete_range(&mut self, interval: &Interval) -> u64 {
         let held: Vec<_> = self.keys.interval(interval).cloned().collect();
-        let mut previous = Vec::new();
-        if return_previous {
-            let mut room = Room::default();
-            if !held.iter().all(|version| room.take(version, RangePart::KeysAndValues)) {
-                return Err(KvError::PreviousTooLarge);
-            }
-            previous = held.iter().map(|version| key_value(version)).collect();
-        }
         for version in &held {
             self.delete(&version.key);
         }
-        Ok(v1::DeleteRangeResponse { header: None, deleted: held.len() as u64, previous })
+        held.len() as u64
     }
 
-    fn compare_and_swap(&mut self, swap: &CompareAndSwap) -> v1::CompareAndSwapResponse {
+    /// What a key holds, as part of the answer.
+    fn held(&self, key: &[u8], room: &mut Room) -> Result<Option<v1::KeyValue>, KvError> {
+        self.keys.get(key).map(|held| room.key_value(held)).transpose()
+    }
+
+    fn compare_and_swap(
+        &mut self,
+        swap: &CompareAndSwap,
+        room: &mut Room,
+    ) -> Result<v1::CompareAndSwapResponse, KvError> {
         let held = self.keys.get(&swap.key);
         let succeeded = held.map(|held| &held.value) == swap.expected.as_ref();
-        let current = held.filter(|_| !succeeded).map(|held| key_value(held));
+        let current = if succeeded { None } else { self.held(&swap.key, room)? };
         if succeeded {
             self.put(&swap.key, &swap.value);
         }
-        v1::CompareAndSwapResponse { header: None, succeeded, current }
+        Ok(v1::CompareAndSwapResponse { header: None, succeeded, current })
     }
 
-    fn txn(&mut self, txn: Txn) -> Result<v1::TxnResponse, KvError> {
+    fn txn(&mut self, txn: Txn, room: &mut Room) -> Result<v1::TxnResponse, KvError> {
         let changed_before = self.changes.len();
-        let keys_before = txn.may_fail().then(|| self.keys.clone());
-        let result = read::run(self, txn, &mut Room::default());
+        let keys_before = txn.may_fail_halfway().then(|| self.keys.clone());
+        let result = read::run(self, txn, room);
         if let (Err(_), Some(keys)) = (&result, keys_before) {
             *self.keys = keys;
             self.changes.truncate(changed_before);
@@ -282,21 +286,27 @@ impl Source for Step<'_> {
         Source::range(&&*self.keys, query, room)
     }
 
-    fn write(&mut self, write: Write) -> Result<Written, KvError> {
+    fn write(&mut self, write: Write, room: &mut Room) -> Result<Written, KvError> {
         Ok(match write {
             Write::Put { key, value, return_previous } => {
-                let previous = self.put(&key, &value).filter(|_| return_previous);
-                let previous = previous.map(|previous| key_value(&previous));
+                let previous = if return_previous { self.held(&key, room)? } else { None };
+                self.put(&key, &value);
                 Written::Put(v1::PutResponse { header: None, previous })
             }
             Write::Delete { key, return_previous } => {
-                let held = self.delete(&key);
-                let deleted = held.is_some();
-                let previous = held.filter(|_| return_previous).map(|held| key_value(&held));
+                let previous = if return_previous { self.held(&key, room)? } else { None };
+                let deleted = self.delete(&key);
                 Written::Delete(v1::DeleteResponse { header: None, deleted, previous })
             }
             Write::DeleteRange { interval, return_previous } => {
-                Written::DeleteRange(self.delete_range(&interval, return_previous)?)
+                let mut previous = Vec::new();
+                if return_previous {
+                    for held in self.keys.interval(&interval) {
+                        previous.push(room.key_value(held)?);
+                    }
+                }
+                let deleted = self.delete_range(&interval);
+                Written::DeleteRange(v1::DeleteRangeResponse { header: None, deleted, previous })
             }
         })
     }
@@ -311,23 +321,16 @@ impl Source for &Keys {
     }
 
     fn range(&self, query: &RangeQuery, room: &mut Room) -> Result<v1::RangeResponse, KvError> {
-        let mut page = Page::new(query, room);
-        if page.is_full() {
-            page.skip(self.count(&query.interval));
-            return Ok(page.finish());
+        if query.part == RangePart::Count {
+            let count = Some(self.count(&query.interval) as u64);
+            return Ok(v1::RangeResponse { count, ..v1::RangeResponse::default() });
         }
-        let mut versions = self.interval(&query.interval);
-        while !page.is_full()
-            && let Some(version) = match query.order {
+        let mut versions = self.interval(&query.interval).map(|version| &**version);
+        page::fill(query, room, || {
+            Ok(match query.order {
                 ScanOrder::Ascending => versions.next(),
                 ScanOrder::Descending => versions.next_back(),
-            }
-        {
-            page.offer(version);
-        }
-        if page.is_full() {
-            page.skip(versions.count());
-        }
-        Ok(page.finish())
+            })
+        })
     }
 }

@@ -54,7 +54,7 @@ fn a_killed_process_leaves_exactly_a_prefix_of_what_it_applied() {
             // The present was compared above.
             let ReadPoint::Past(past) = machine.at(Revision(revision)).unwrap() else { continue };
             let past = past.wait(std::time::Duration::ZERO).expect(&context);
-            let keys = past.range(&super::range(b"", b"")).unwrap().kvs;
+            let keys = super::all_pages(|request| past.range(request).unwrap());
             assert_eq!(keys, model.at(revision).into_values().collect::<Vec<_>>(), "{context}, at {revision}");
         }
         durable_before = durable;

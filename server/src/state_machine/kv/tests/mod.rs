@@ -1,5 +1,6 @@
 //! The store against a naive model, by example and under random commands; then killed and reopened.
 
+mod answers;
 mod crash;
 mod examples;
 mod model;
@@ -90,7 +91,18 @@ fn operations(operations: Vec<txn_operation::Operation>) -> Vec<v1::TxnOperation
 
 /// The keys of a store with all they hold.
 fn contents(store: &Store) -> Vec<v1::KeyValue> {
-    let whole = store.range(&range(b"", b"")).unwrap();
-    assert!(!whole.more, "more than a page");
-    whole.kvs
+    all_pages(|request| store.range(request).unwrap())
+}
+
+/// The keys of all pages of the whole interval.
+fn all_pages(read: impl Fn(&v1::RangeRequest) -> v1::RangeResponse) -> Vec<v1::KeyValue> {
+    let (mut kvs, mut request) = (Vec::new(), range(b"", b""));
+    loop {
+        let page = read(&request);
+        kvs.extend(page.kvs);
+        if !page.more {
+            return kvs;
+        }
+        request = range(&page.next, b"");
+    }
 }

@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use d_engine_proto::ErrorCode;
 use d_engine_proto::v1::{self, command::Command, command_reply::Reply, compare, txn_operation::Operation, txn_result};
+use d_engine_proto::{ErrorCode, limits};
+use prost::Message;
 
 pub(super) type Keys = BTreeMap<Bytes, v1::KeyValue>;
 
@@ -20,7 +21,8 @@ impl Model {
     pub(super) fn apply(&mut self, command: &v1::Command) -> v1::CommandReply {
         let mut keys = self.keys.clone();
         let mut touched = Vec::new();
-        let mut step = Step { keys: &mut keys, touched: &mut touched, revision: self.revision + 1 };
+        let mut step =
+            Step { keys: &mut keys, touched: &mut touched, revision: self.revision + 1, page: Page::default() };
         let reply = match command.command.as_ref() {
             Some(Command::Put(put)) if valid_key(&put.key) => Some(Reply::Put(step.put(put))),
             Some(Command::Delete(delete)) if valid_key(&delete.key) => Some(Reply::Delete(step.delete(delete))),
@@ -43,7 +45,14 @@ impl Model {
             Some(Command::Txn(txn)) if valid_txn(txn) => Some(Reply::Txn(step.txn(txn))),
             _ => None,
         };
-        let reply = reply.unwrap_or_else(|| {
+        let fits = |reply: &Reply| match reply {
+            Reply::DeleteRange(delete) => bytes_of_kvs(&delete.previous) <= limits::ANSWER_BYTES_MAX,
+            Reply::Txn(txn) => bytes_of_txn(txn) <= limits::ANSWER_BYTES_MAX,
+            // One key always fits.
+            _ => true,
+        };
+        let reply = reply.filter(fits).unwrap_or_else(|| {
+            touched.clear();
             let code = ErrorCode::InvalidArgument.number().unsigned_abs();
             Reply::Error(v1::CommandError { code, message: String::new() })
         });
@@ -76,12 +85,45 @@ pub(super) fn get(keys: &Keys, get: &v1::GetRequest) -> v1::GetResponse {
     v1::GetResponse { header: None, kv: keys.get(&get.key).cloned() }
 }
 
-pub(super) fn get_many(keys: &Keys, get: &v1::GetManyRequest) -> v1::GetManyResponse {
-    v1::GetManyResponse { header: None, kvs: get.keys.iter().filter_map(|key| keys.get(key).cloned()).collect() }
+/// `None`: the answer would be too large.
+pub(super) fn get_many(keys: &Keys, get: &v1::GetManyRequest) -> Option<v1::GetManyResponse> {
+    let kvs: Vec<_> = get.keys.iter().filter_map(|key| keys.get(key).cloned()).collect();
+    (bytes_of_kvs(&kvs) <= limits::ANSWER_BYTES_MAX).then_some(v1::GetManyResponse { header: None, kvs })
 }
 
-/// Pages by the request's limit only: nothing in these tests fills a page.
-pub(super) fn range(keys: &Keys, request: &v1::RangeRequest) -> v1::RangeResponse {
+fn bytes_of_kvs(kvs: &[v1::KeyValue]) -> u64 {
+    v1::GetManyResponse { header: None, kvs: kvs.to_vec() }.encoded_len() as u64
+}
+
+/// Bytes of all keys and values in an answer.
+fn bytes_of_txn(answer: &v1::TxnResponse) -> u64 {
+    let bytes = |result: &v1::TxnResult| match result.result.as_ref().unwrap() {
+        txn_result::Result::Put(put) => bytes_of_kvs(put.previous.as_slice()),
+        txn_result::Result::Get(get) => bytes_of_kvs(get.kv.as_slice()),
+        txn_result::Result::Range(range) => bytes_of_kvs(&range.kvs) + range.next.len() as u64,
+        txn_result::Result::Delete(delete) => bytes_of_kvs(delete.previous.as_slice()),
+        txn_result::Result::DeleteRange(delete) => bytes_of_kvs(&delete.previous),
+        txn_result::Result::Txn(txn) => bytes_of_txn(txn),
+    };
+    answer.results.iter().map(bytes).sum()
+}
+
+/// What the ranges of a request have returned so far. So few keys are never too many for a page.
+#[derive(Default)]
+pub(super) struct Page(u64);
+
+impl Page {
+    fn takes(&mut self, kv: &v1::KeyValue) -> bool {
+        let bytes = self.0 + bytes_of_kvs(std::slice::from_ref(kv));
+        let takes = self.0 == 0 || bytes <= limits::RANGE_PAGE_BYTES_MAX;
+        if takes {
+            self.0 = bytes;
+        }
+        takes
+    }
+}
+
+pub(super) fn range(keys: &Keys, request: &v1::RangeRequest, page: &mut Page) -> v1::RangeResponse {
     let bounds = request.range.clone().unwrap();
     let mut kvs: Vec<_> = keys.values().filter(|kv| within(&bounds, &kv.key)).cloned().collect();
     let descending = request.order() == v1::RangeOrder::Descending;
@@ -89,36 +131,41 @@ pub(super) fn range(keys: &Keys, request: &v1::RangeRequest) -> v1::RangeRespons
         kvs.reverse();
     }
     let count = kvs.len();
-    let taken = match usize::try_from(request.limit).unwrap() {
-        _ if request.count_only => 0,
-        0 => count,
-        limit => count.min(limit),
-    };
-    let more = taken < count && !request.count_only;
-    let next = match more {
-        false => Bytes::new(),
-        true if descending => kvs[taken - 1].key.clone(),
-        true => kvs[taken].key.clone(),
-    };
-    kvs.truncate(taken);
+    if request.count_only {
+        return v1::RangeResponse { count: Some(count as u64), ..Default::default() };
+    }
     if request.keys_only {
         kvs.iter_mut().for_each(|kv| kv.value = Bytes::new());
     }
-    v1::RangeResponse { header: None, kvs, count: count as u64, more, next }
+    let mut taken = 0;
+    while taken < count && (request.limit == 0 || (taken as u64) < request.limit) && page.takes(&kvs[taken]) {
+        taken += 1;
+    }
+    let more = taken < count;
+    let next = match (more, taken) {
+        (false, _) => Bytes::new(),
+        (true, 0) if descending => bounds.end,
+        (true, _) if descending => kvs[taken - 1].key.clone(),
+        (true, _) => kvs[taken].key.clone(),
+    };
+    kvs.truncate(taken);
+    v1::RangeResponse { header: None, kvs, count: (!more).then_some(count as u64), more, next }
 }
 
-pub(super) fn read_txn(keys: &Keys, txn: &v1::TxnRequest) -> v1::TxnResponse {
+/// `None`: the answer would be too large.
+pub(super) fn read_txn(keys: &Keys, txn: &v1::TxnRequest) -> Option<v1::TxnResponse> {
     let mut keys = keys.clone();
     let mut touched = Vec::new();
-    let answer = Step { keys: &mut keys, touched: &mut touched, revision: 0 }.txn(txn);
+    let answer = Step { keys: &mut keys, touched: &mut touched, revision: 0, page: Page::default() }.txn(txn);
     assert!(touched.is_empty());
-    answer
+    (bytes_of_txn(&answer) <= limits::ANSWER_BYTES_MAX).then_some(answer)
 }
 
 struct Step<'a> {
     keys: &'a mut Keys,
     touched: &'a mut Vec<Bytes>,
     revision: u64,
+    page: Page,
 }
 
 impl Step<'_> {
@@ -165,7 +212,7 @@ impl Step<'_> {
             let result = match operation.operation.as_ref().unwrap() {
                 Operation::Put(put) => txn_result::Result::Put(self.put(put)),
                 Operation::Get(request) => txn_result::Result::Get(get(self.keys, request)),
-                Operation::Range(request) => txn_result::Result::Range(range(self.keys, request)),
+                Operation::Range(request) => txn_result::Result::Range(range(self.keys, request, &mut self.page)),
                 Operation::Delete(delete) => txn_result::Result::Delete(self.delete(delete)),
                 Operation::DeleteRange(delete) => txn_result::Result::DeleteRange(self.delete_range(delete)),
                 Operation::Txn(nested) => txn_result::Result::Txn(self.txn(nested)),

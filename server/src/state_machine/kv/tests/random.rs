@@ -92,6 +92,19 @@ pub(super) fn read_txn(rng: &mut Rng) -> v1::TxnRequest {
     txn(rng, 0, false)
 }
 
+pub(super) fn put_of(rng: &mut Rng, value: Bytes) -> v1::Command {
+    let put = v1::PutRequest { key: good_key(rng), value, ..v1::PutRequest::default() };
+    v1::Command { command: Some(Command::Put(put)) }
+}
+
+/// A transaction that writes one key and reads many.
+pub(super) fn greedy_txn(rng: &mut Rng) -> v1::Command {
+    let mut then = vec![Operation::Delete(v1::DeleteRequest { key: good_key(rng), return_previous: rng.bool() })];
+    then.extend((0..4).map(|_| Operation::Get(get(rng))));
+    then.push(Operation::Txn(read_txn(rng)));
+    v1::Command { command: Some(Command::Txn(super::txn(then))) }
+}
+
 fn txn(rng: &mut Rng, depth: u32, writes: bool) -> v1::TxnRequest {
     let compare = (0..rng.usize(..3)).map(|_| compare(rng, writes)).collect();
     let then = branch(rng, depth, writes);

@@ -11,14 +11,14 @@ use crate::state_machine::StateMachine;
 use crate::state_machine::kv::{KvStateMachine, PastStore, ReadPoint, Store};
 
 /// A store in memory and the same one in the history: after the keys were put, all of them were deleted.
-struct Both {
+pub(super) struct Both {
     _directory: tempfile::TempDir,
-    memory: std::sync::Arc<Store>,
-    past: PastStore,
+    pub(super) memory: std::sync::Arc<Store>,
+    pub(super) past: PastStore,
 }
 
 impl Both {
-    fn new(pairs: &[(Bytes, Bytes)]) -> Self {
+    pub(super) fn new(pairs: &[(Bytes, Bytes)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let machine = KvStateMachine::open(directory.path()).unwrap();
         let puts: Vec<_> =
@@ -86,24 +86,24 @@ fn the_start_belongs_to_a_range_and_the_end_does_not() {
     for (start, end, expected) in cases {
         let answer = both.range(&range(start, end));
         assert_eq!(keys(&answer), expected, "{start:?} {end:?}");
-        assert_eq!((answer.count, answer.more), (expected.len() as u64, false));
+        assert_eq!((answer.count, answer.more), (Some(expected.len() as u64), false));
         let answer = both.range(&descending(range(start, end)));
         assert_eq!(keys(&answer), expected.iter().rev().copied().collect::<Vec<_>>(), "{start:?} {end:?}");
     }
 }
 
 #[test]
-fn parts_and_limits_do_not_change_the_count() {
+fn keys_are_counted_unless_some_are_left_out() {
     let both = Both::of_keys(&[b"a", b"b", b"c"]);
     let only_keys = both.range(&v1::RangeRequest { keys_only: true, limit: 2, ..range(b"", b"") });
     assert_eq!(keys(&only_keys), [b"a", b"b"]);
     assert!(only_keys.kvs.iter().all(|kv| kv.value.is_empty() && kv.version == 1));
-    assert_eq!((only_keys.count, only_keys.more, only_keys.next.as_ref()), (3, true, &b"c"[..]));
+    assert_eq!((only_keys.count, only_keys.more, only_keys.next.as_ref()), (None, true, &b"c"[..]));
 
-    let count = v1::RangeResponse { count: 2, ..Default::default() };
+    let count = v1::RangeResponse { count: Some(2), ..Default::default() };
     assert_eq!(both.range(&v1::RangeRequest { count_only: true, limit: 1, ..range(b"b", b"") }), count);
     let exact = both.range(&v1::RangeRequest { limit: 3, ..range(b"", b"") });
-    assert_eq!((exact.kvs.len(), exact.more), (3, false));
+    assert_eq!((exact.kvs.len(), exact.count, exact.more), (3, Some(3), false));
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn a_page_ends_at_its_bound_of_keys() {
     let both = Both::new(&pairs);
     for request in [range(b"", b""), descending(v1::RangeRequest { limit: u64::MAX, ..range(b"", b"") })] {
         let page = both.range(&request);
-        assert_eq!((page.kvs.len(), page.count, page.more), (count - 1, count as u64, true));
+        assert_eq!((page.kvs.len(), page.count, page.more), (count - 1, None, true));
         let (keys, pages) = both.pages(request);
         assert_eq!((keys.len(), pages), (count, 2));
     }
@@ -170,7 +170,12 @@ fn ranges_of_one_transaction_share_a_page() {
     let next = Bytes::from_static;
     assert_eq!(
         ranges,
-        [(1, 1, false, next(b"")), (0, 2, true, next(b"a")), (0, 2, true, next(b"")), (2, 2, false, next(b""))]
+        [
+            (1, Some(1), false, next(b"")),
+            (0, None, true, next(b"a")),
+            (0, None, true, next(b"")),
+            (2, Some(2), false, next(b""))
+        ]
     );
     assert_eq!(both.memory.revision(), Revision(2));
 }

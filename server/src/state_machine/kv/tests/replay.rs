@@ -11,7 +11,7 @@ use fastrand::Rng;
 use super::model::{self, Model};
 use super::random::{self, log_entry, seed};
 use super::{contents, decode};
-use crate::state_machine::kv::{KvStateMachine, ReadPoint, Store};
+use crate::state_machine::kv::{KvError, KvStateMachine, ReadError, ReadPoint, Store};
 use crate::state_machine::{EntryContent, StateMachine, StoreTime};
 use crate::storage::versions::VersionStore;
 
@@ -62,27 +62,31 @@ fn check_reads(model: &Model, machine: &KvStateMachine, rng: &mut Rng, context: 
     let (get, many) = (random::get(rng), random::get_many(rng));
     let (range, txn) = (random::range(rng), random::read_txn(rng));
     let answers = match machine.at(Revision(revision)).unwrap() {
-        ReadPoint::Current(store) => (
-            store.get(&get).unwrap(),
-            store.get_many(&many).unwrap(),
-            store.range(&range).unwrap(),
-            store.txn(&txn).unwrap(),
-        ),
+        ReadPoint::Current(store) => {
+            (store.get(&get).unwrap(), store.get_many(&many), store.range(&range).unwrap(), store.txn(&txn))
+        }
         ReadPoint::Past(past) => {
             let past = past.wait(GENEROUS).unwrap();
             assert_eq!(past.revision(), Revision(revision));
             (
                 past.get(&get).unwrap(),
-                past.get_many(&many).unwrap(),
+                past.get_many(&many).map_err(refusal),
                 past.range(&range).unwrap(),
-                past.txn(&txn).unwrap(),
+                past.txn(&txn).map_err(refusal),
             )
         }
     };
     assert_eq!(answers.0, model::get(&keys, &get), "{context}: {get:?}");
-    assert_eq!(answers.1, model::get_many(&keys, &many), "{context}: {many:?}");
-    assert_eq!(answers.2, model::range(&keys, &range), "{context}: {range:?}");
-    assert_eq!(answers.3, model::read_txn(&keys, &txn), "{context}: {txn:?}");
+    assert_eq!(answers.1, model::get_many(&keys, &many).ok_or(KvError::AnswerTooLarge), "{context}: {many:?}");
+    assert_eq!(answers.2, model::range(&keys, &range, &mut model::Page::default()), "{context}: {range:?}");
+    assert_eq!(answers.3, model::read_txn(&keys, &txn).ok_or(KvError::AnswerTooLarge), "{context}: {txn:?}");
+}
+
+fn refusal(error: ReadError) -> KvError {
+    match error {
+        ReadError::Refused(refusal) => refusal,
+        other => panic!("{other}"),
+    }
 }
 
 fn open(path: &Path) -> KvStateMachine {
@@ -130,6 +134,40 @@ fn every_past_revision_reads_as_it_was() {
         }
     }
     check_state(&model, &machine, 400, seed);
+}
+
+/// Large values are put again and again, so that gets, ranges and previous values meet several in one answer.
+#[test]
+fn answers_that_would_be_too_large_are_refused_as_in_the_model() {
+    static LARGE: [u8; 1_400_000] = [b'v'; 1_400_000];
+    let seed = seed();
+    let directory = tempfile::tempdir().unwrap();
+    let (machine, mut model) = (KvStateMachine::open(directory.path()).unwrap(), Model::default());
+    let mut rng = Rng::with_seed(seed);
+    let mut refused = 0;
+    for index in 1..=120 {
+        let (entry, commands) = match index % 8 {
+            1 => {
+                let commands: Vec<_> = (0..6).map(|_| random::put_of(&mut rng, Bytes::from_static(&LARGE))).collect();
+                (super::entry(index, &commands), commands)
+            }
+            3 | 6 => {
+                let commands = vec![random::greedy_txn(&mut rng)];
+                (super::entry(index, &commands), commands)
+            }
+            _ => log_entry(seed, index),
+        };
+        let answers = machine.apply(&entry).unwrap();
+        let context = format!("seed {seed}, entry {index}");
+        let too_large = Some(v1::command_reply::Reply::Error(KvError::AnswerTooLarge.into()));
+        refused += decode(&answers).iter().filter(|answer| answer.reply == too_large).count();
+        check_answers(&mut model, &commands, &answers, &context);
+        assert!(contents(&machine.current()) == model.keys.values().cloned().collect::<Vec<_>>(), "{context}");
+        for _ in 0..4 {
+            check_reads(&model, &machine, &mut rng, &context);
+        }
+    }
+    assert!(refused > 0, "seed {seed}: no command met enough large values");
 }
 
 /// Stops after every prefix of a log, with and without having made it durable, and goes on from what is left.
