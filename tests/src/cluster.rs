@@ -1,5 +1,6 @@
 //! A cluster of real server processes in directories of its own.
 
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +19,15 @@ static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| A
 
 const GRPC_PORT: u16 = 9080;
 const HTTP_PORT: u16 = 9180;
+
+/// Who leads, and in which term. A term is led by one node only, so two equal reigns are one that never broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reign {
+    /// The leader.
+    pub leader: u32,
+    /// Its term.
+    pub term: u64,
+}
 
 /// What a cluster is made of.
 #[derive(Debug)]
@@ -73,6 +83,7 @@ impl Cluster {
                     http_address: SocketAddr::from((ip, HTTP_PORT + port)),
                     directory,
                     in_namespace: shape.network.is_some(),
+                    environment: Vec::new(),
                     process: None,
                 }
             })
@@ -154,6 +165,22 @@ impl Cluster {
         None
     }
 
+    /// The reign that every running node acknowledges, once all name the same.
+    pub async fn reign(&self) -> Reign {
+        wait::until("all nodes to name one leader", wait::PATIENCE, || async {
+            let mut common = None;
+            for node in self.nodes.iter().filter(|node| node.runs()) {
+                let leader = node.direct(wait::PATIENCE).status().await.ok()?.leader?;
+                let reign = Reign { leader: leader.node_id, term: leader.term };
+                if *common.get_or_insert(reign) != reign {
+                    return None;
+                }
+            }
+            common
+        })
+        .await
+    }
+
     /// Makes sure that every node that should run does.
     ///
     /// # Panics
@@ -194,6 +221,7 @@ pub struct Node {
     pub http_address: SocketAddr,
     directory: PathBuf,
     in_namespace: bool,
+    environment: Vec<(String, OsString)>,
     process: Option<Process>,
 }
 
@@ -247,6 +275,11 @@ impl Node {
         std::fs::write(self.config(), text).expect("the configuration can be written");
     }
 
+    /// Gives it an environment variable from its next start on.
+    pub fn set_environment(&mut self, name: &str, value: impl Into<OsString>) {
+        self.environment.push((name.to_owned(), value.into()));
+    }
+
     /// Starts the process; does not wait for it.
     ///
     /// # Panics
@@ -261,6 +294,7 @@ impl Node {
             bound_to_this_thread(&d_engine())
         };
         command.args(["server", "--config"]).arg(self.config()).env("RUST_BACKTRACE", "1");
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process = Some(Process::start(command, &self.log()));
     }
 

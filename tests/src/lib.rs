@@ -19,6 +19,7 @@ pub mod http;
 pub mod nemesis;
 pub mod network;
 pub mod process;
+pub mod steady;
 pub mod transcript;
 pub mod workload;
 

@@ -1,0 +1,97 @@
+//! Wall clocks play no part: one that jumps by an hour, forward and back, deposes nobody, fails no call and makes no
+//! read stale, on the leader and on a follower.
+//!
+//! libfaketime shifts what a node's process reads as the time of day by the offset in a file, and leaves the monotonic
+//! clocks alone, as a step by an operator or a time server does.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step ends the test")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use d_engine_tests::cluster::{Cluster, Node, Shape};
+use d_engine_tests::steady::{self, Steady};
+use d_engine_tests::wait;
+
+/// Long enough for a busy machine; a step that counts would end it at once, however long it is.
+const LEASE: Duration = Duration::from_secs(1);
+const HOUR: i64 = 3600;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wall_clock_stepped_by_an_hour_both_ways_changes_nothing() {
+    let library = libfaketime();
+    let extra = format!("[raft.read_consistency]\nlease_duration_ms = {}\n", LEASE.as_millis());
+    let mut cluster = Cluster::prepare(Shape { extra, ..Shape::default() }).await;
+    let offsets: Vec<PathBuf> = (1..=3).map(|id| cluster.directory().join(format!("n{id}/wall-clock"))).collect();
+    for (id, offset) in (1..).zip(&offsets) {
+        step(offset, 0);
+        let node = cluster.node_mut(id);
+        node.set_environment("LD_PRELOAD", &library);
+        node.set_environment("FAKETIME_TIMESTAMP_FILE", offset);
+        node.set_environment("FAKETIME_NO_CACHE", "1");
+        node.set_environment("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        // Lines that come all the time, to see the node's wall clock by.
+        node.set_environment("D_ENGINE_LOG", "info,[tick]=debug");
+    }
+    cluster.start_all().await;
+    let before = cluster.reign().await;
+    let mut steady = Steady::start(cluster.node(before.leader).direct(wait::PATIENCE)).await;
+    for id in [before.leader, before.leader % 3 + 1] {
+        for hours in [1, -1, 0] {
+            step(&offsets[id as usize - 1], hours * HOUR);
+            is_logged(cluster.node(id), hours * HOUR).await;
+            // Whoever counted on the clock would find the lease, or the patience with the leader, long over, or
+            // stand still until they are.
+            wait::pass(2 * LEASE).await;
+            steady.go_on(50).await;
+            assert_eq!(cluster.reign().await, before, "node {id}, {hours} h");
+        }
+    }
+    let written = steady.finish().await;
+    for node in cluster.nodes() {
+        assert_eq!(steady::last_write(&node.direct(wait::PATIENCE)).await, written, "node {}", node.id);
+    }
+    cluster.check_alive();
+}
+
+/// Sets a node's wall clock to be `offset` seconds ahead of the machine's.
+fn step(file: &Path, offset: i64) {
+    // By renaming, so that the node never reads half a file.
+    let new = file.with_extension("new");
+    std::fs::write(&new, format!("{offset:+}\n")).unwrap();
+    std::fs::rename(&new, file).unwrap();
+}
+
+/// Waits until the node logs with a time of day `offset` seconds from the machine's, give or take some minutes.
+async fn is_logged(node: &Node, offset: i64) {
+    const MARGIN: i64 = 600;
+    let seen = node.output().len();
+    let now = i64::try_from(SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs()).unwrap() + offset;
+    let (from, to) = (time_of_day(now - MARGIN), time_of_day(now + MARGIN));
+    wait::until(&format!("node {} to log a time from {from} to {to}", node.id), wait::PATIENCE, || async {
+        let output = node.output();
+        let lines = output.get(seen..).unwrap_or_default().lines();
+        // As text, times of this form have the order of the times themselves.
+        lines
+            .map(|line| line.get(..from.len()).unwrap_or_default())
+            .any(|time| *from <= *time && *time <= *to)
+            .then_some(())
+    })
+    .await;
+}
+
+/// As the log writes it, to the second.
+fn time_of_day(seconds: i64) -> String {
+    let output =
+        Command::new("date").args(["-u", "-d", &format!("@{seconds}"), "+%Y-%m-%dT%H:%M:%S"]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// The library that the `faketime` command preloads, which that command knows best.
+fn libfaketime() -> String {
+    let output = Command::new("faketime").args(["now", "printenv", "LD_PRELOAD"]).output();
+    let output = output.expect("faketime is installed: see scripts/setup");
+    let preloaded = String::from_utf8(output.stdout).unwrap();
+    let path = preloaded.trim().split(':').find(|path| path.contains("libfaketime")).expect("faketime preloads itself");
+    path.replace("libfaketime.so", "libfaketimeMT.so")
+}
