@@ -45,6 +45,7 @@ const EDGES: [Edge; 4] = [
         within: "server/src/",
         allowed: &[
             "server/src/services",
+            "server/src/consensus/appends",
             "server/src/consensus/network",
             "server/src/consensus/peer_service",
             "server/src/consensus/tests",

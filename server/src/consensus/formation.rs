@@ -204,6 +204,11 @@ impl Formation {
         if hello.node_id != id {
             return Err(MembershipRefused::OtherNode { address: address(), expected: id, found: hello.node_id });
         }
+        let other_cluster = |ours: &u64| hello.cluster_id != 0 && hello.cluster_id != *ours;
+        if let Some(ours) = self.local.cluster_id().filter(other_cluster) {
+            let theirs = hello.cluster_id;
+            return Err(MembershipRefused::OtherCluster { peer: id, address: address(), theirs, ours });
+        }
         if hello.known_incarnation != 0 && hello.known_incarnation != self.local.incarnation {
             return Err(MembershipRefused::LostDirectory {
                 node_id: self.local.node_id,
@@ -212,21 +217,17 @@ impl Formation {
                 ours: self.local.incarnation,
             });
         }
-        match self.local.cluster_id() {
-            Some(ours) if hello.cluster_id != 0 && hello.cluster_id != ours => {
-                Err(MembershipRefused::OtherCluster { peer: id, address: address(), theirs: hello.cluster_id, ours })
-            }
-            // Once formed, the membership counts, and the lists may have grown apart from it.
-            None if hello.cluster_id == 0 && hello.initial_cluster != self.initial_cluster => {
-                Err(MembershipRefused::DifferingLists {
-                    peer: id,
-                    address: address(),
-                    ours: describe(&self.initial_cluster),
-                    theirs: describe(&hello.initial_cluster),
-                })
-            }
-            _ => Ok(()),
+        // Once formed, the membership counts, and the lists may have grown apart from it.
+        let both_are_fresh = self.local.cluster_id().is_none() && hello.cluster_id == 0;
+        if both_are_fresh && hello.initial_cluster != self.initial_cluster {
+            return Err(MembershipRefused::DifferingLists {
+                peer: id,
+                address: address(),
+                ours: describe(&self.initial_cluster),
+                theirs: describe(&hello.initial_cluster),
+            });
         }
+        Ok(())
     }
 
     fn address_of(&self, id: u32) -> String {

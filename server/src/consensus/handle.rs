@@ -463,6 +463,7 @@ fn watch_for_failure(
             }
         }
     };
+    let log_fault = log.fault();
     let raft = raft.clone();
     tokio::spawn(async move {
         let broken_disk = async {
@@ -473,6 +474,10 @@ fn watch_for_failure(
         };
         let ended = async {
             let _ = monitoring.await;
+            // openraft ends because of a disk error too, and tells of it less well than the log does.
+            if let Some(error) = log_fault.borrow().clone() {
+                return StartError::Storage(error);
+            }
             let state = raft.metrics().borrow_watched().running_state.clone();
             StartError::Raft(state.err().map_or_else(|| "its monitor ended".to_owned(), |error| error.to_string()))
         };
