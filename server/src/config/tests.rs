@@ -98,7 +98,7 @@ fn a_file_that_only_says_how_long_the_lease_is_starts_as_it_is() {
         lease: milliseconds(500),
         election_min: milliseconds(500),
         election_max: milliseconds(750),
-        heartbeat: milliseconds(100),
+        heartbeat: milliseconds(166),
     };
     assert_eq!(config.raft.timings(), expected);
 }

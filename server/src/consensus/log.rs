@@ -572,7 +572,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_replaces_a_tail_waits_until_the_tail_is_gone_from_the_disk() {
-        let (allow, allowed) = std::sync::mpsc::channel();
+        let (allow, allowed) = std::sync::mpsc::sync_channel(8);
         let engine = Arc::new(Gated(MemoryStorageEngine::default(), Mutex::new(allowed)));
         let mut log = Log::start(engine.clone(), &StorageState::default(), Arc::default()).unwrap();
         allow.send(()).unwrap();

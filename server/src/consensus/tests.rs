@@ -313,15 +313,18 @@ async fn an_initial_learner_becomes_a_member_and_follows() {
     let leader = cluster.leader().await;
     within(leader.consensus.propose(Bytes::from_static(b"kept"))).await.unwrap();
     let learner = &cluster.nodes[3];
+    let follows = || {
+        let membership = learner.consensus.membership();
+        membership.get(NodeId(4)).is_some() && learner.list.commands() == ["kept"]
+    };
     within(async {
-        while learner.list.commands() != ["kept"] {
+        while !follows() {
             tokio::task::yield_now().await;
         }
     })
     .await;
-    let membership = learner.consensus.membership();
-    assert!(membership.get(NodeId(4)).is_some());
-    assert_eq!(membership.voters().collect::<Vec<_>>(), [NodeId(1), NodeId(2), NodeId(3)]);
+    let voters: Vec<_> = learner.consensus.membership().voters().collect();
+    assert_eq!(voters, [NodeId(1), NodeId(2), NodeId(3)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
