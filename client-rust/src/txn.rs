@@ -121,14 +121,14 @@ impl Op {
     /// Deletes a key.
     pub fn delete(key: impl IntoBytes) -> Self {
         let key = key.into_bytes();
-        Self(txn_operation::Operation::Delete(v1::DeleteRequest { key, return_previous: false }))
+        Self(txn_operation::Operation::Delete(v1::DeleteRequest { key, ..Default::default() }))
     }
 
     /// Deletes an interval.
     #[must_use]
     pub fn delete_range(range: KeyRange) -> Self {
         let range = Some(range.into());
-        Self(txn_operation::Operation::DeleteRange(v1::DeleteRangeRequest { range, return_previous: false }))
+        Self(txn_operation::Operation::DeleteRange(v1::DeleteRangeRequest { range, ..Default::default() }))
     }
 
     /// Applies another transaction.

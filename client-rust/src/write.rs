@@ -205,8 +205,7 @@ impl Client {
     /// `InvalidArgument`, `ResourceExhausted`, `LeadershipLost`, `Unavailable`, `DeadlineExceeded`, `WrongCluster`,
     /// `Closed`. Ask [`Error::outcome`] whether the write took effect.
     pub fn put(&self, key: impl IntoBytes, value: impl IntoBytes) -> Put {
-        let request =
-            v1::PutRequest { key: key.into_bytes(), value: value.into_bytes(), lease: 0, return_previous: false };
+        let request = v1::PutRequest { key: key.into_bytes(), value: value.into_bytes(), ..Default::default() };
         Put::of(self, request)
     }
 
@@ -217,7 +216,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub fn delete(&self, key: impl IntoBytes) -> Delete {
-        Delete::of(self, v1::DeleteRequest { key: key.into_bytes(), return_previous: false })
+        Delete::of(self, v1::DeleteRequest { key: key.into_bytes(), ..Default::default() })
     }
 
     /// Deletes all keys of an interval, as one change.
@@ -227,7 +226,7 @@ impl Client {
     /// # Errors
     /// As [`put`](Self::put).
     pub fn delete_range(&self, range: KeyRange) -> DeleteRange {
-        DeleteRange::of(self, v1::DeleteRangeRequest { range: Some(range.into()), return_previous: false })
+        DeleteRange::of(self, v1::DeleteRangeRequest { range: Some(range.into()), ..Default::default() })
     }
 
     /// Writes `value` if the key holds `expected`; with `None`, if the key does not exist. A comparison that fails is
@@ -255,7 +254,7 @@ impl Client {
             key: key.into_bytes(),
             expected: expected.map(IntoBytes::into_bytes),
             value: value.into_bytes(),
-            lease: 0,
+            ..Default::default()
         };
         CompareAndSwap::of(self, request)
     }

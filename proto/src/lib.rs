@@ -11,13 +11,19 @@ mod numbers;
 mod vocabulary;
 
 pub use error::{DetailedStatus, RetryWhere};
-pub use numbers::{Epoch, LeaseId, LogIndex, NodeId, Revision, Term};
+pub use numbers::{Epoch, LeaseId, LogIndex, NodeId, Revision, SessionId, Term};
 pub use vocabulary::{ErrorCode, defaults, limits};
 
 /// Messages and stubs of package `d_engine.v1`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod v1 {
     include!("generated/d_engine.v1.rs");
+}
+
+impl From<v1::command::Command> for v1::Command {
+    fn from(command: v1::command::Command) -> Self {
+        Self { command: Some(command), ..Self::default() }
+    }
 }
 
 /// The encoded `FileDescriptorSet` of every file, as gRPC reflection serves it.

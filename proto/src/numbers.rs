@@ -50,6 +50,10 @@ number! {
     LeaseId(u64)
 }
 number! {
+    /// A client session's number; 0 stands for none.
+    SessionId(u64)
+}
+number! {
     /// How often the cluster was restored from a snapshot. Ordered before the revision in a fencing token.
     Epoch(u64)
 }

@@ -32,6 +32,16 @@ pub enum ErrorCode {
     Unsupported,
     /// The node met a fault of its own, such as a failing disk, and stopped serving.
     Internal,
+    /// The lease does not exist: it has expired, was revoked, or was never granted.
+    LeaseNotFound,
+    /// A lease with the id asked for exists already.
+    LeaseExists,
+    /// The session does not exist: it was not used for its time to live, or was closed.
+    SessionExpired,
+    /// The answer of this sequence is not kept: the client acknowledged it, or it was too large.
+    AlreadyAcknowledged,
+    /// The caller gave the operation up.
+    Cancelled,
 }
 
 impl ErrorCode {
@@ -50,6 +60,11 @@ impl ErrorCode {
         Self::WrongCluster,
         Self::Unsupported,
         Self::Internal,
+        Self::LeaseNotFound,
+        Self::LeaseExists,
+        Self::SessionExpired,
+        Self::AlreadyAcknowledged,
+        Self::Cancelled,
     ];
 
     /// The number on the wire; never reused.
@@ -69,6 +84,11 @@ impl ErrorCode {
             Self::WrongCluster => 11,
             Self::Unsupported => 12,
             Self::Internal => 13,
+            Self::LeaseNotFound => 14,
+            Self::LeaseExists => 15,
+            Self::SessionExpired => 16,
+            Self::AlreadyAcknowledged => 17,
+            Self::Cancelled => 18,
         }
     }
 
@@ -89,6 +109,11 @@ impl ErrorCode {
             Self::WrongCluster => "WrongCluster",
             Self::Unsupported => "Unsupported",
             Self::Internal => "Internal",
+            Self::LeaseNotFound => "LeaseNotFound",
+            Self::LeaseExists => "LeaseExists",
+            Self::SessionExpired => "SessionExpired",
+            Self::AlreadyAcknowledged => "AlreadyAcknowledged",
+            Self::Cancelled => "Cancelled",
         }
     }
 
@@ -117,6 +142,13 @@ impl ErrorCode {
             }
             Self::Unsupported => "This server does not implement the operation.",
             Self::Internal => "The node met a fault of its own, such as a failing disk, and stopped serving.",
+            Self::LeaseNotFound => "The lease does not exist: it has expired, was revoked, or was never granted.",
+            Self::LeaseExists => "A lease with the id asked for exists already.",
+            Self::SessionExpired => "The session does not exist: it was not used for its time to live, or was closed.",
+            Self::AlreadyAcknowledged => {
+                "The answer of this sequence is not kept: the client acknowledged it, or it was too large."
+            }
+            Self::Cancelled => "The caller gave the operation up.",
         }
     }
 
@@ -143,6 +175,13 @@ impl ErrorCode {
             Self::WrongCluster => "Check the endpoints; they must all belong to one cluster.",
             Self::Unsupported => "Upgrade the server, or use an operation that its version has.",
             Self::Internal => "Look at the node's log; the other members go on.",
+            Self::LeaseNotFound => "Grant a new lease, and attach the keys to it again.",
+            Self::LeaseExists => "Choose another id, or let the server choose one.",
+            Self::SessionExpired => {
+                "If the call was sent before, read before writing again; register a new session for further calls."
+            }
+            Self::AlreadyAcknowledged => "Read the outcome; do not repeat a call after its answer was acknowledged.",
+            Self::Cancelled => "Nothing: it was asked for.",
         }
     }
 
@@ -163,6 +202,11 @@ impl ErrorCode {
             Self::WrongCluster => tonic::Code::FailedPrecondition,
             Self::Unsupported => tonic::Code::Unimplemented,
             Self::Internal => tonic::Code::Internal,
+            Self::LeaseNotFound => tonic::Code::NotFound,
+            Self::LeaseExists => tonic::Code::AlreadyExists,
+            Self::SessionExpired => tonic::Code::FailedPrecondition,
+            Self::AlreadyAcknowledged => tonic::Code::FailedPrecondition,
+            Self::Cancelled => tonic::Code::Cancelled,
         }
     }
 
@@ -183,6 +227,11 @@ impl ErrorCode {
             Self::WrongCluster => RetryWhere::Never,
             Self::Unsupported => RetryWhere::Never,
             Self::Internal => RetryWhere::Never,
+            Self::LeaseNotFound => RetryWhere::Never,
+            Self::LeaseExists => RetryWhere::Never,
+            Self::SessionExpired => RetryWhere::Never,
+            Self::AlreadyAcknowledged => RetryWhere::Never,
+            Self::Cancelled => RetryWhere::Never,
         }
     }
 
@@ -201,12 +250,30 @@ pub mod limits {
     pub const GET_MANY_KEYS_MAX: u64 = 1024;
     /// Bytes of a key; a key has at least one.
     pub const KEY_BYTES_MAX: u64 = 65536;
+    /// Leases of one page of a list; a longer list continues on the next page.
+    pub const LEASE_PAGE_MAX: u64 = 10000;
+    /// Longest time to live of a lease or of a key, in milliseconds: a year.
+    pub const LEASE_TTL_MS_MAX: u64 = 31536000000;
+    /// Shortest time to live of a lease or of a key, in milliseconds.
+    pub const LEASE_TTL_MS_MIN: u64 = 100;
     /// Bytes of one page of a range; a longer result continues on the next page.
     pub const RANGE_PAGE_BYTES_MAX: u64 = 1048576;
     /// Keys of one page of a range; a longer result continues on the next page.
     pub const RANGE_PAGE_KEYS_MAX: u64 = 10000;
     /// Bytes of an encoded request, its keys and values included.
     pub const REQUEST_BYTES_MAX: u64 = 1572864;
+    /// Bytes of an answer that a session keeps for a repetition; of a larger one it only keeps that the call was applied.
+    pub const SESSION_ANSWER_BYTES_MAX: u64 = 65536;
+    /// Bytes of all answers that a session keeps; beyond it, further calls are refused until some are acknowledged.
+    pub const SESSION_ANSWERS_BYTES_MAX: u64 = 4194304;
+    /// Longest time to live of a session, in milliseconds: an hour.
+    pub const SESSION_TTL_MS_MAX: u64 = 3600000;
+    /// Shortest time to live of a session, in milliseconds.
+    pub const SESSION_TTL_MS_MIN: u64 = 1000;
+    /// Sequences of a session above the acknowledged one that may be used.
+    pub const SESSION_WINDOW_CALLS: u64 = 4096;
+    /// Sessions of a cluster; beyond it, registering another is refused until one expires or is closed.
+    pub const SESSIONS_MAX: u64 = 100000;
     /// Nesting depth of a transaction; one without nesting has depth 1.
     pub const TXN_DEPTH_MAX: u64 = 8;
     /// Operations of a transaction, comparisons and nested ones included.
@@ -223,4 +290,6 @@ pub mod defaults {
     pub const CLIENT_CALL_TIMEOUT_MS: u64 = 5000;
     /// Budget of one attempt to connect to an endpoint.
     pub const CLIENT_CONNECT_TIMEOUT_MS: u64 = 1000;
+    /// Time to live of a session that asks for none, in milliseconds.
+    pub const SESSION_TTL_MS: u64 = 60000;
 }

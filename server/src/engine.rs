@@ -388,7 +388,7 @@ impl Engine {
         change: Change,
         deadline: Deadline,
     ) -> Result<(Option<v1::ResponseHeader>, Reply), EngineError> {
-        let command = v1::Command { command: Some(change) };
+        let command = v1::Command::from(change);
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
         if Deadline::now() >= deadline {

@@ -134,7 +134,10 @@ fn allowed() -> Vec<(&'static str, Ask)> {
         ("no keys", Ask::GetMany(GetManyRequest::default())),
         ("the whole store", Ask::Range(RangeRequest { count_only: true, ..range("", "") })),
         ("an interval of one key", Ask::Range(range("k", "k\0"))),
-        ("nothing to delete", Ask::Delete(DeleteRequest { key: "nobody".into(), return_previous: true })),
+        (
+            "nothing to delete",
+            Ask::Delete(DeleteRequest { key: "nobody".into(), return_previous: true, session: None }),
+        ),
     ]
 }
 

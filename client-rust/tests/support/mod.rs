@@ -222,7 +222,7 @@ impl Kv for Service {
             script.header.revision += 1;
             let put = request.into_inner();
             script.store.insert(put.key, put.value);
-            v1::PutResponse { header: Some(script.header), previous: None }
+            v1::PutResponse { header: Some(script.header), ..Default::default() }
         })
         .await
     }

@@ -29,6 +29,16 @@ pub enum ErrorCode {
     Unsupported = 12,
     /// The node met a fault of its own, such as a failing disk, and stopped serving.
     Internal = 13,
+    /// The lease does not exist: it has expired, was revoked, or was never granted.
+    LeaseNotFound = 14,
+    /// A lease with the id asked for exists already.
+    LeaseExists = 15,
+    /// The session does not exist: it was not used for its time to live, or was closed.
+    SessionExpired = 16,
+    /// The answer of this sequence is not kept: the client acknowledged it, or it was too large.
+    AlreadyAcknowledged = 17,
+    /// The caller gave the operation up.
+    Cancelled = 18,
 }
 impl ErrorCode {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -51,6 +61,11 @@ impl ErrorCode {
             Self::WrongCluster => "ERROR_CODE_WRONG_CLUSTER",
             Self::Unsupported => "ERROR_CODE_UNSUPPORTED",
             Self::Internal => "ERROR_CODE_INTERNAL",
+            Self::LeaseNotFound => "ERROR_CODE_LEASE_NOT_FOUND",
+            Self::LeaseExists => "ERROR_CODE_LEASE_EXISTS",
+            Self::SessionExpired => "ERROR_CODE_SESSION_EXPIRED",
+            Self::AlreadyAcknowledged => "ERROR_CODE_ALREADY_ACKNOWLEDGED",
+            Self::Cancelled => "ERROR_CODE_CANCELLED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -70,6 +85,11 @@ impl ErrorCode {
             "ERROR_CODE_WRONG_CLUSTER" => Some(Self::WrongCluster),
             "ERROR_CODE_UNSUPPORTED" => Some(Self::Unsupported),
             "ERROR_CODE_INTERNAL" => Some(Self::Internal),
+            "ERROR_CODE_LEASE_NOT_FOUND" => Some(Self::LeaseNotFound),
+            "ERROR_CODE_LEASE_EXISTS" => Some(Self::LeaseExists),
+            "ERROR_CODE_SESSION_EXPIRED" => Some(Self::SessionExpired),
+            "ERROR_CODE_ALREADY_ACKNOWLEDGED" => Some(Self::AlreadyAcknowledged),
+            "ERROR_CODE_CANCELLED" => Some(Self::Cancelled),
             _ => None,
         }
     }
@@ -573,6 +593,21 @@ pub mod cluster_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// What makes a mutation exactly-once: under one session each sequence is applied at most once, and a repetition gets
+/// the answer of the first. See session.proto.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionCall {
+    /// A session that was registered.
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+    /// Number of the call within the session, from 1 on. Calls in flight may arrive in any order, within a window of
+    /// session_window_calls above `acknowledged_through`.
+    #[prost(uint64, tag = "2")]
+    pub sequence: u64,
+    /// The client will not repeat this sequence or any before it: their answers may be forgotten.
+    #[prost(uint64, tag = "3")]
+    pub acknowledged_through: u64,
+}
 /// A key and its value, as of one revision.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KeyValue {
@@ -627,6 +662,13 @@ pub struct PutRequest {
     /// Whether to return what the key held before.
     #[prost(bool, tag = "4")]
     pub return_previous: bool,
+    /// Time to live in milliseconds: attaches the key to a lease of its own, which ends with the key's next put or
+    /// deletion. 0: none. Excludes `lease`.
+    #[prost(uint64, tag = "5")]
+    pub ttl_ms: u64,
+    /// Makes the call exactly-once; see SessionCall.
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutResponse {
@@ -634,6 +676,9 @@ pub struct PutResponse {
     pub header: ::core::option::Option<ResponseHeader>,
     #[prost(message, optional, tag = "2")]
     pub previous: ::core::option::Option<KeyValue>,
+    /// Lease the key is attached to now, also one that `ttl_ms` made; 0: none.
+    #[prost(uint64, tag = "3")]
+    pub lease: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetRequest {
@@ -706,6 +751,9 @@ pub struct DeleteRequest {
     pub key: ::prost::bytes::Bytes,
     #[prost(bool, tag = "2")]
     pub return_previous: bool,
+    /// Makes the call exactly-once; see SessionCall.
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeleteResponse {
@@ -723,6 +771,9 @@ pub struct DeleteRangeRequest {
     pub range: ::core::option::Option<KeyRange>,
     #[prost(bool, tag = "2")]
     pub return_previous: bool,
+    /// Makes the call exactly-once; see SessionCall.
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DeleteRangeResponse {
@@ -745,6 +796,9 @@ pub struct CompareAndSwapRequest {
     pub value: ::prost::bytes::Bytes,
     #[prost(uint64, tag = "4")]
     pub lease: u64,
+    /// Makes the call exactly-once; see SessionCall.
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CompareAndSwapResponse {
@@ -816,7 +870,7 @@ pub mod compare {
     }
 }
 /// One operation of a transaction. Reads are as of the transaction: they see what earlier operations wrote, and
-/// their read options must be unset, except on the outermost request of a transaction that cannot write.
+/// their read options must be unset, as must the `session` of every operation, except on the outermost request of a transaction that cannot write.
 /// What all operations return is bounded by answer_bytes_max; beyond it the transaction is refused and changes nothing.
 /// Its ranges share the bounds of one page.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -854,6 +908,9 @@ pub struct TxnRequest {
     /// For a transaction that cannot write; refused on any other.
     #[prost(message, optional, tag = "4")]
     pub read: ::core::option::Option<ReadOptions>,
+    /// Makes the call exactly-once; see SessionCall.
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
 }
 /// The answer of one operation; headers inside are unset, the transaction's header stands for all.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1524,10 +1581,1246 @@ pub mod kv_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
-/// A change to the key-value store, as a log entry carries it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseGrantRequest {
+    /// Time to live in milliseconds, within lease_ttl_ms_min and lease_ttl_ms_max.
+    #[prost(uint64, tag = "1")]
+    pub ttl_ms: u64,
+    /// The id it shall have, refused if it is taken; 0: one that was never given.
+    #[prost(uint64, tag = "2")]
+    pub lease: u64,
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseGrantResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    #[prost(uint64, tag = "2")]
+    pub lease: u64,
+    #[prost(uint64, tag = "3")]
+    pub ttl_ms: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseRevokeRequest {
+    #[prost(uint64, tag = "1")]
+    pub lease: u64,
+    #[prost(message, optional, tag = "15")]
+    pub session: ::core::option::Option<SessionCall>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseRevokeResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// Keys deleted.
+    #[prost(uint64, tag = "2")]
+    pub deleted: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseRenewRequest {
+    #[prost(uint64, tag = "1")]
+    pub lease: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseRenewResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    #[prost(uint64, tag = "2")]
+    pub lease: u64,
+    /// Time to live from the moment the request was taken; 0, on the stream only: there is no such lease.
+    #[prost(uint64, tag = "3")]
+    pub ttl_ms: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseTimeToLiveRequest {
+    #[prost(uint64, tag = "1")]
+    pub lease: u64,
+    /// Whether to return its keys.
+    #[prost(bool, tag = "2")]
+    pub keys: bool,
+    #[prost(message, optional, tag = "3")]
+    pub read: ::core::option::Option<ReadOptions>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseTimeToLiveResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    #[prost(uint64, tag = "2")]
+    pub lease: u64,
+    #[prost(uint64, tag = "3")]
+    pub ttl_ms: u64,
+    /// What is left of it, in milliseconds; on a node that does not lead, as of the last entry it applied.
+    #[prost(uint64, tag = "4")]
+    pub remaining_ms: u64,
+    #[prost(uint64, tag = "5")]
+    pub key_count: u64,
+    /// In byte order; all of them, or the request is refused (answer_bytes_max).
+    #[prost(bytes = "bytes", repeated, tag = "6")]
+    pub keys: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseListRequest {
+    /// Leases to return at most; 0: as many as fit in a page (lease_page_max).
+    #[prost(uint64, tag = "1")]
+    pub limit: u64,
+    /// Only leases with a greater id.
+    #[prost(uint64, tag = "2")]
+    pub after: u64,
+    #[prost(message, optional, tag = "3")]
+    pub read: ::core::option::Option<ReadOptions>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LeaseListResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    #[prost(message, repeated, tag = "2")]
+    pub leases: ::prost::alloc::vec::Vec<LeaseSummary>,
+    /// Whether leases are left. Continue `after` the last id.
+    #[prost(bool, tag = "3")]
+    pub more: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseSummary {
+    #[prost(uint64, tag = "1")]
+    pub lease: u64,
+    #[prost(uint64, tag = "2")]
+    pub ttl_ms: u64,
+    #[prost(uint64, tag = "3")]
+    pub remaining_ms: u64,
+    #[prost(uint64, tag = "4")]
+    pub key_count: u64,
+}
+/// Generated client implementations.
+pub mod lease_client {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
+    #[derive(Debug, Clone)]
+    pub struct LeaseClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl LeaseClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> LeaseClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> LeaseClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<<T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody>,
+                >,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            LeaseClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Opens a lease.
+        pub async fn grant(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LeaseGrantRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseGrantResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Lease/Grant");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Lease", "Grant"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends a lease and deletes its keys, as one revision.
+        pub async fn revoke(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LeaseRevokeRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseRevokeResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Lease/Revoke");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Lease", "Revoke"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Prolongs a lease to its full time to live from now on.
+        pub async fn renew(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LeaseRenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseRenewResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Lease/Renew");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Lease", "Renew"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Prolongs leases for as long as the stream lasts: one answer for each request, in the order of the requests. A
+        /// lease that does not exist is answered with ttl_ms 0, and the stream goes on.
+        pub async fn keep_alive(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::LeaseRenewRequest>,
+        ) -> std::result::Result<tonic::Response<tonic::codec::Streaming<super::LeaseRenewResponse>>, tonic::Status>
+        {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Lease/KeepAlive");
+            let mut req = request.into_streaming_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Lease", "KeepAlive"));
+            self.inner.streaming(req, path, codec).await
+        }
+        /// How long a lease has left, and its keys.
+        pub async fn time_to_live(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LeaseTimeToLiveRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseTimeToLiveResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Lease/TimeToLive");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Lease", "TimeToLive"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The leases that were granted, in the order of their ids, page by page. Those of `ttl_ms` puts are left out.
+        pub async fn list(
+            &mut self,
+            request: impl tonic::IntoRequest<super::LeaseListRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseListResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Lease/List");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Lease", "List"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+#[cfg(feature = "server")]
+pub mod lease_server {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with LeaseServer.
+    #[async_trait]
+    pub trait Lease: std::marker::Send + std::marker::Sync + 'static {
+        /// Opens a lease.
+        async fn grant(
+            &self,
+            request: tonic::Request<super::LeaseGrantRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseGrantResponse>, tonic::Status>;
+        /// Ends a lease and deletes its keys, as one revision.
+        async fn revoke(
+            &self,
+            request: tonic::Request<super::LeaseRevokeRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseRevokeResponse>, tonic::Status>;
+        /// Prolongs a lease to its full time to live from now on.
+        async fn renew(
+            &self,
+            request: tonic::Request<super::LeaseRenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseRenewResponse>, tonic::Status>;
+        /// Server streaming response type for the KeepAlive method.
+        type KeepAliveStream: tonic::codegen::tokio_stream::Stream<Item = std::result::Result<super::LeaseRenewResponse, tonic::Status>>
+            + std::marker::Send
+            + 'static;
+        /// Prolongs leases for as long as the stream lasts: one answer for each request, in the order of the requests. A
+        /// lease that does not exist is answered with ttl_ms 0, and the stream goes on.
+        async fn keep_alive(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::LeaseRenewRequest>>,
+        ) -> std::result::Result<tonic::Response<Self::KeepAliveStream>, tonic::Status>;
+        /// How long a lease has left, and its keys.
+        async fn time_to_live(
+            &self,
+            request: tonic::Request<super::LeaseTimeToLiveRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseTimeToLiveResponse>, tonic::Status>;
+        /// The leases that were granted, in the order of their ids, page by page. Those of `ttl_ms` puts are left out.
+        async fn list(
+            &self,
+            request: tonic::Request<super::LeaseListRequest>,
+        ) -> std::result::Result<tonic::Response<super::LeaseListResponse>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct LeaseServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> LeaseServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for LeaseServer<T>
+    where
+        T: Lease,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/d_engine.v1.Lease/Grant" => {
+                    #[allow(non_camel_case_types)]
+                    struct GrantSvc<T: Lease>(pub Arc<T>);
+                    impl<T: Lease> tonic::server::UnaryService<super::LeaseGrantRequest> for GrantSvc<T> {
+                        type Response = super::LeaseGrantResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::LeaseGrantRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Lease>::grant(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GrantSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Lease/Revoke" => {
+                    #[allow(non_camel_case_types)]
+                    struct RevokeSvc<T: Lease>(pub Arc<T>);
+                    impl<T: Lease> tonic::server::UnaryService<super::LeaseRevokeRequest> for RevokeSvc<T> {
+                        type Response = super::LeaseRevokeResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::LeaseRevokeRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Lease>::revoke(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RevokeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Lease/Renew" => {
+                    #[allow(non_camel_case_types)]
+                    struct RenewSvc<T: Lease>(pub Arc<T>);
+                    impl<T: Lease> tonic::server::UnaryService<super::LeaseRenewRequest> for RenewSvc<T> {
+                        type Response = super::LeaseRenewResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::LeaseRenewRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Lease>::renew(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RenewSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Lease/KeepAlive" => {
+                    #[allow(non_camel_case_types)]
+                    struct KeepAliveSvc<T: Lease>(pub Arc<T>);
+                    impl<T: Lease> tonic::server::StreamingService<super::LeaseRenewRequest> for KeepAliveSvc<T> {
+                        type Response = super::LeaseRenewResponse;
+                        type ResponseStream = T::KeepAliveStream;
+                        type Future = BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::LeaseRenewRequest>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Lease>::keep_alive(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = KeepAliveSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Lease/TimeToLive" => {
+                    #[allow(non_camel_case_types)]
+                    struct TimeToLiveSvc<T: Lease>(pub Arc<T>);
+                    impl<T: Lease> tonic::server::UnaryService<super::LeaseTimeToLiveRequest> for TimeToLiveSvc<T> {
+                        type Response = super::LeaseTimeToLiveResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::LeaseTimeToLiveRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Lease>::time_to_live(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = TimeToLiveSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Lease/List" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListSvc<T: Lease>(pub Arc<T>);
+                    impl<T: Lease> tonic::server::UnaryService<super::LeaseListRequest> for ListSvc<T> {
+                        type Response = super::LeaseListResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::LeaseListRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Lease>::list(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(tonic::Status::GRPC_STATUS, (tonic::Code::Unimplemented as i32).into());
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
+            }
+        }
+    }
+    impl<T> Clone for LeaseServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "d_engine.v1.Lease";
+    impl<T> tonic::server::NamedService for LeaseServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompactRequest {
+    #[prost(oneof = "compact_request::Target", tags = "1, 2")]
+    pub target: ::core::option::Option<compact_request::Target>,
+}
+/// Nested message and enum types in `CompactRequest`.
+pub mod compact_request {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Target {
+        /// The oldest revision to keep.
+        #[prost(uint64, tag = "1")]
+        Revision(u64),
+        /// Keep what was current within so many milliseconds of store time. Nodes remember the revision of a moment only
+        /// for as long as they run, so this may keep more.
+        #[prost(uint64, tag = "2")]
+        OlderThanMs(u64),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompactResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// The oldest revision left.
+    #[prost(uint64, tag = "2")]
+    pub compacted_revision: u64,
+}
+/// Generated client implementations.
+pub mod maintenance_client {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
+    #[derive(Debug, Clone)]
+    pub struct MaintenanceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl MaintenanceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> MaintenanceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> MaintenanceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<<T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody>,
+                >,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            MaintenanceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Forgets the history before a revision. Reads and watches of older ones are refused with COMPACTED from then on.
+        /// The current value of every key stays.
+        pub async fn compact(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CompactRequest>,
+        ) -> std::result::Result<tonic::Response<super::CompactResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Maintenance/Compact");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Maintenance", "Compact"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+#[cfg(feature = "server")]
+pub mod maintenance_server {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with MaintenanceServer.
+    #[async_trait]
+    pub trait Maintenance: std::marker::Send + std::marker::Sync + 'static {
+        /// Forgets the history before a revision. Reads and watches of older ones are refused with COMPACTED from then on.
+        /// The current value of every key stays.
+        async fn compact(
+            &self,
+            request: tonic::Request<super::CompactRequest>,
+        ) -> std::result::Result<tonic::Response<super::CompactResponse>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct MaintenanceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> MaintenanceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for MaintenanceServer<T>
+    where
+        T: Maintenance,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/d_engine.v1.Maintenance/Compact" => {
+                    #[allow(non_camel_case_types)]
+                    struct CompactSvc<T: Maintenance>(pub Arc<T>);
+                    impl<T: Maintenance> tonic::server::UnaryService<super::CompactRequest> for CompactSvc<T> {
+                        type Response = super::CompactResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::CompactRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Maintenance>::compact(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CompactSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(tonic::Status::GRPC_STATUS, (tonic::Code::Unimplemented as i32).into());
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
+            }
+        }
+    }
+    impl<T> Clone for MaintenanceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "d_engine.v1.Maintenance";
+    impl<T> tonic::server::NamedService for MaintenanceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionRegisterRequest {
+    /// Time to live in milliseconds, within session_ttl_ms_min and session_ttl_ms_max; 0: the default session_ttl_ms.
+    #[prost(uint64, tag = "1")]
+    pub ttl_ms: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionRegisterResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// Its id, never 0 and never given twice.
+    #[prost(uint64, tag = "2")]
+    pub session: u64,
+    #[prost(uint64, tag = "3")]
+    pub ttl_ms: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionRenewRequest {
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionRenewResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    #[prost(uint64, tag = "2")]
+    pub ttl_ms: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionCloseRequest {
+    #[prost(uint64, tag = "1")]
+    pub session: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionCloseResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+}
+/// Generated client implementations.
+pub mod session_client {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
+    #[derive(Debug, Clone)]
+    pub struct SessionClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl SessionClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> SessionClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> SessionClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<<T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody>,
+                >,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            SessionClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Opens a session.
+        pub async fn register(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SessionRegisterRequest>,
+        ) -> std::result::Result<tonic::Response<super::SessionRegisterResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Session/Register");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Session", "Register"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Prolongs a session by its time to live, as every call under it does.
+        pub async fn renew(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SessionRenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::SessionRenewResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Session/Renew");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Session", "Renew"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends a session. Ending one that does not exist succeeds.
+        pub async fn close(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SessionCloseRequest>,
+        ) -> std::result::Result<tonic::Response<super::SessionCloseResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Session/Close");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Session", "Close"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+#[cfg(feature = "server")]
+pub mod session_server {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with SessionServer.
+    #[async_trait]
+    pub trait Session: std::marker::Send + std::marker::Sync + 'static {
+        /// Opens a session.
+        async fn register(
+            &self,
+            request: tonic::Request<super::SessionRegisterRequest>,
+        ) -> std::result::Result<tonic::Response<super::SessionRegisterResponse>, tonic::Status>;
+        /// Prolongs a session by its time to live, as every call under it does.
+        async fn renew(
+            &self,
+            request: tonic::Request<super::SessionRenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::SessionRenewResponse>, tonic::Status>;
+        /// Ends a session. Ending one that does not exist succeeds.
+        async fn close(
+            &self,
+            request: tonic::Request<super::SessionCloseRequest>,
+        ) -> std::result::Result<tonic::Response<super::SessionCloseResponse>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct SessionServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> SessionServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for SessionServer<T>
+    where
+        T: Session,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/d_engine.v1.Session/Register" => {
+                    #[allow(non_camel_case_types)]
+                    struct RegisterSvc<T: Session>(pub Arc<T>);
+                    impl<T: Session> tonic::server::UnaryService<super::SessionRegisterRequest> for RegisterSvc<T> {
+                        type Response = super::SessionRegisterResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::SessionRegisterRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Session>::register(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RegisterSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Session/Renew" => {
+                    #[allow(non_camel_case_types)]
+                    struct RenewSvc<T: Session>(pub Arc<T>);
+                    impl<T: Session> tonic::server::UnaryService<super::SessionRenewRequest> for RenewSvc<T> {
+                        type Response = super::SessionRenewResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::SessionRenewRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Session>::renew(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RenewSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Session/Close" => {
+                    #[allow(non_camel_case_types)]
+                    struct CloseSvc<T: Session>(pub Arc<T>);
+                    impl<T: Session> tonic::server::UnaryService<super::SessionCloseRequest> for CloseSvc<T> {
+                        type Response = super::SessionCloseResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::SessionCloseRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Session>::close(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CloseSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(tonic::Status::GRPC_STATUS, (tonic::Code::Unimplemented as i32).into());
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
+            }
+        }
+    }
+    impl<T> Clone for SessionServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "d_engine.v1.Session";
+    impl<T> tonic::server::NamedService for SessionServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// A change to the key-value store, as a log entry carries it. The requests inside have no `session`: it is here.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Command {
-    #[prost(oneof = "command::Command", tags = "1, 2, 3, 4, 5")]
+    /// Exactly-once, if set; on commands 1 to 7.
+    #[prost(message, optional, tag = "16")]
+    pub session: ::core::option::Option<SessionCall>,
+    /// Tells the command from another one under the same sequence; with `session`.
+    #[prost(fixed64, tag = "17")]
+    pub payload_hash: u64,
+    #[prost(oneof = "command::Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub command: ::core::option::Option<command::Command>,
 }
 /// Nested message and enum types in `Command`.
@@ -1544,15 +2837,41 @@ pub mod command {
         CompareAndSwap(super::CompareAndSwapRequest),
         #[prost(message, tag = "5")]
         Txn(super::TxnRequest),
+        #[prost(message, tag = "6")]
+        LeaseGrant(super::LeaseGrantRequest),
+        #[prost(message, tag = "7")]
+        LeaseRevoke(super::LeaseRevokeRequest),
+        #[prost(message, tag = "8")]
+        LeaseRenewals(super::LeaseRenewals),
+        #[prost(message, tag = "9")]
+        SessionRegister(super::SessionRegisterRequest),
+        #[prost(message, tag = "10")]
+        SessionRenew(super::SessionRenewRequest),
+        #[prost(message, tag = "11")]
+        SessionClose(super::SessionCloseRequest),
+        /// By revision only.
+        #[prost(message, tag = "12")]
+        Compact(super::CompactRequest),
+        #[prost(message, tag = "13")]
+        Tick(super::Tick),
     }
 }
+/// Prolongs many leases at once.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseRenewals {
+    #[prost(uint64, repeated, tag = "1")]
+    pub leases: ::prost::alloc::vec::Vec<u64>,
+}
+/// Does nothing but carry store time, so that what is due expires.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Tick {}
 /// The answer of an applied command; headers inside are unset.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CommandReply {
     /// The store's revision after the command.
     #[prost(uint64, tag = "1")]
     pub revision: u64,
-    #[prost(oneof = "command_reply::Reply", tags = "2, 3, 4, 5, 6, 15")]
+    #[prost(oneof = "command_reply::Reply", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
     pub reply: ::core::option::Option<command_reply::Reply>,
 }
 /// Nested message and enum types in `CommandReply`.
@@ -1569,11 +2888,35 @@ pub mod command_reply {
         CompareAndSwap(super::CompareAndSwapResponse),
         #[prost(message, tag = "6")]
         Txn(super::TxnResponse),
+        #[prost(message, tag = "7")]
+        LeaseGrant(super::LeaseGrantResponse),
+        #[prost(message, tag = "8")]
+        LeaseRevoke(super::LeaseRevokeResponse),
+        #[prost(message, tag = "9")]
+        LeaseRenewed(super::LeaseRenewed),
+        #[prost(message, tag = "10")]
+        SessionRegister(super::SessionRegisterResponse),
+        #[prost(message, tag = "11")]
+        SessionRenew(super::SessionRenewResponse),
+        #[prost(message, tag = "12")]
+        SessionClose(super::SessionCloseResponse),
+        #[prost(message, tag = "13")]
+        Compact(super::CompactResponse),
+        #[prost(message, tag = "14")]
+        Ticked(super::Ticked),
         /// The command was refused; nothing changed.
         #[prost(message, tag = "15")]
         Error(super::CommandError),
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeaseRenewed {
+    /// For each lease asked for, its time to live; 0: there is no such lease.
+    #[prost(uint64, repeated, tag = "1")]
+    pub ttl_ms: ::prost::alloc::vec::Vec<u64>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ticked {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CommandError {
     /// A number of the ErrorCode table.
@@ -1581,6 +2924,9 @@ pub struct CommandError {
     pub code: u32,
     #[prost(string, tag = "2")]
     pub message: ::prost::alloc::string::String,
+    /// What became of the command: NOT_APPLIED unless set.
+    #[prost(enumeration = "Outcome", tag = "3")]
+    pub outcome: i32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StoredMembership {
@@ -1773,6 +3119,9 @@ pub struct ReadIndexRequest {
 pub struct ReadIndexResponse {
     #[prost(uint64, tag = "1")]
     pub index: u64,
+    /// Store time of the leader after the confirmation, in nanoseconds: the read shows nothing that was due by then.
+    #[prost(uint64, tag = "2")]
+    pub store_time_ns: u64,
 }
 /// Generated client implementations.
 pub mod peer_client {
@@ -2254,6 +3603,425 @@ pub mod peer_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "d_engine.v1.Peer";
     impl<T> tonic::server::NamedService for PeerServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StoredLease {
+    #[prost(uint64, tag = "1")]
+    pub ttl_ms: u64,
+    /// Store time at which it is due, in nanoseconds.
+    #[prost(uint64, tag = "2")]
+    pub deadline_ns: u64,
+    /// Made by a put with a time to live: ends with its key's next put or deletion.
+    #[prost(bool, tag = "3")]
+    pub of_one_key: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StoredSession {
+    #[prost(uint64, tag = "1")]
+    pub ttl_ms: u64,
+    /// Store time at which it is due, in nanoseconds.
+    #[prost(uint64, tag = "2")]
+    pub deadline_ns: u64,
+    #[prost(uint64, tag = "3")]
+    pub acknowledged_through: u64,
+    /// By ascending sequence.
+    #[prost(message, repeated, tag = "4")]
+    pub answers: ::prost::alloc::vec::Vec<StoredAnswer>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StoredAnswer {
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    #[prost(fixed64, tag = "2")]
+    pub payload_hash: u64,
+    /// The encoded CommandReply; empty: it was too large to be kept.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub reply: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchRequest {
+    /// Chosen by the client, unique among the stream's watches of the moment.
+    #[prost(uint64, tag = "1")]
+    pub watch_id: u64,
+    #[prost(oneof = "watch_request::Action", tags = "2, 3")]
+    pub action: ::core::option::Option<watch_request::Action>,
+}
+/// Nested message and enum types in `WatchRequest`.
+pub mod watch_request {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Action {
+        #[prost(message, tag = "2")]
+        Create(super::WatchCreate),
+        #[prost(message, tag = "3")]
+        Cancel(super::WatchCancel),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchCreate {
+    /// The keys to watch. One key k: \[k, k followed by a zero byte).
+    #[prost(message, optional, tag = "1")]
+    pub range: ::core::option::Option<KeyRange>,
+    /// First revision to deliver, past or future; 0: what follows the node's applied revision.
+    #[prost(uint64, tag = "2")]
+    pub from_revision: u64,
+    /// Whether events carry what the key held before.
+    #[prost(bool, tag = "3")]
+    pub previous: bool,
+    /// Leave out puts, or deletions; not both.
+    #[prost(bool, tag = "4")]
+    pub no_puts: bool,
+    #[prost(bool, tag = "5")]
+    pub no_deletes: bool,
+    /// Leave the values out.
+    #[prost(bool, tag = "6")]
+    pub keys_only: bool,
+}
+/// Ends a watch; answered by `ended` with the error code CANCELLED unless it has ended already.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchCancel {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WatchResponse {
+    #[prost(uint64, tag = "1")]
+    pub watch_id: u64,
+    #[prost(oneof = "watch_response::Kind", tags = "2, 3, 4, 5")]
+    pub kind: ::core::option::Option<watch_response::Kind>,
+}
+/// Nested message and enum types in `WatchResponse`.
+pub mod watch_response {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Kind {
+        #[prost(message, tag = "2")]
+        Created(super::WatchCreated),
+        #[prost(message, tag = "3")]
+        Events(super::WatchEvents),
+        #[prost(message, tag = "4")]
+        Bookmark(super::WatchBookmark),
+        #[prost(message, tag = "5")]
+        Ended(super::WatchEnded),
+    }
+}
+/// The first answer of a watch.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchCreated {
+    /// Who serves it; its revision is the node's applied one.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// First revision that will be delivered.
+    #[prost(uint64, tag = "2")]
+    pub from_revision: u64,
+}
+/// Events of whole revisions, in order; only an answer with `incomplete` ends within one.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WatchEvents {
+    #[prost(message, repeated, tag = "1")]
+    pub events: ::prost::alloc::vec::Vec<WatchEvent>,
+    /// The last event's revision continues in the next answer.
+    #[prost(bool, tag = "2")]
+    pub incomplete: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchEvent {
+    #[prost(enumeration = "watch_event::Kind", tag = "1")]
+    pub kind: i32,
+    /// Of a deletion: the key and, as mod_revision, the revision that deleted it.
+    #[prost(message, optional, tag = "2")]
+    pub kv: ::core::option::Option<KeyValue>,
+    /// What the key held before, if asked for and if it existed.
+    #[prost(message, optional, tag = "3")]
+    pub previous: ::core::option::Option<KeyValue>,
+}
+/// Nested message and enum types in `WatchEvent`.
+pub mod watch_event {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+    #[repr(i32)]
+    pub enum Kind {
+        Unspecified = 0,
+        Put = 1,
+        /// Also when the key's lease ended.
+        Delete = 2,
+    }
+    impl Kind {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "KIND_UNSPECIFIED",
+                Self::Put => "KIND_PUT",
+                Self::Delete => "KIND_DELETE",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "KIND_UNSPECIFIED" => Some(Self::Unspecified),
+                "KIND_PUT" => Some(Self::Put),
+                "KIND_DELETE" => Some(Self::Delete),
+                _ => None,
+            }
+        }
+    }
+}
+/// Everything up to this revision was delivered: resume after it. Comes while a watch is idle and others change keys.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchBookmark {
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+}
+/// The last answer of a watch. A stream that breaks without one is resumed on any node.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchEnded {
+    #[prost(message, optional, tag = "1")]
+    pub error: ::core::option::Option<ErrorDetail>,
+    /// For people.
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+}
+/// Generated client implementations.
+pub mod watch_client {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
+    #[derive(Debug, Clone)]
+    pub struct WatchClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl WatchClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> WatchClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> WatchClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<<T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody>,
+                >,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            WatchClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Many watches on one stream. The answers of one watch are in order; those of different ones are not ordered.
+        pub async fn watch(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::WatchRequest>,
+        ) -> std::result::Result<tonic::Response<tonic::codec::Streaming<super::WatchResponse>>, tonic::Status>
+        {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Watch/Watch");
+            let mut req = request.into_streaming_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Watch", "Watch"));
+            self.inner.streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+#[cfg(feature = "server")]
+pub mod watch_server {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with WatchServer.
+    #[async_trait]
+    pub trait Watch: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the Watch method.
+        type WatchStream: tonic::codegen::tokio_stream::Stream<Item = std::result::Result<super::WatchResponse, tonic::Status>>
+            + std::marker::Send
+            + 'static;
+        /// Many watches on one stream. The answers of one watch are in order; those of different ones are not ordered.
+        async fn watch(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::WatchRequest>>,
+        ) -> std::result::Result<tonic::Response<Self::WatchStream>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct WatchServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> WatchServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for WatchServer<T>
+    where
+        T: Watch,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/d_engine.v1.Watch/Watch" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchSvc<T: Watch>(pub Arc<T>);
+                    impl<T: Watch> tonic::server::StreamingService<super::WatchRequest> for WatchSvc<T> {
+                        type Response = super::WatchResponse;
+                        type ResponseStream = T::WatchStream;
+                        type Future = BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::WatchRequest>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Watch>::watch(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(tonic::Status::GRPC_STATUS, (tonic::Code::Unimplemented as i32).into());
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
+            }
+        }
+    }
+    impl<T> Clone for WatchServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "d_engine.v1.Watch";
+    impl<T> tonic::server::NamedService for WatchServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -219,6 +219,6 @@ impl Peer for Gate {
     ) -> Result<Response<v1::ReadIndexResponse>, Status> {
         self.0.admit(request.into_inner().route.as_ref()).await?;
         let index = self.0.read_index.as_leader().await.map_err(stopped)?;
-        Ok(Response::new(v1::ReadIndexResponse { index: index.get() }))
+        Ok(Response::new(v1::ReadIndexResponse { index: index.get(), ..Default::default() }))
     }
 }

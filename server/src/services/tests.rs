@@ -145,7 +145,7 @@ async fn what_was_put_is_got_deleted_and_counted() {
     assert_eq!((written.revision, written.node_id), (1, 1));
     let get = v1::GetRequest { key: "k".into(), ..v1::GetRequest::default() };
     assert_eq!(kv.get(get.clone()).await.unwrap().into_inner().kv.unwrap().value, "v");
-    let delete = v1::DeleteRequest { key: "k".into(), return_previous: false };
+    let delete = v1::DeleteRequest { key: "k".into(), ..v1::DeleteRequest::default() };
     assert!(kv.delete(delete).await.unwrap().into_inner().deleted);
     assert_eq!(kv.get(get).await.unwrap().into_inner().kv, None);
 
@@ -176,7 +176,7 @@ async fn an_error_carries_code_and_outcome() {
 async fn a_request_that_is_too_large_is_refused_by_the_name_of_the_limit_however_large_it_is() {
     let node = Node::start().await;
     let mut kv = node.kv().await;
-    let command = v1::Command { command: Some(v1::command::Command::Put(put("k", vec![0; REQUEST_BYTES_MAX]))) };
+    let command = v1::Command::from(v1::command::Command::Put(put("k", vec![0; REQUEST_BYTES_MAX])));
     let most = 2 * REQUEST_BYTES_MAX - command.encoded_len();
     kv.put(put("k", vec![0; most])).await.unwrap();
     for bytes in [most + 1, CLIENT_MESSAGE_BYTES_MAX + 1, 16 << 20] {

@@ -112,6 +112,7 @@ impl TryFrom<v1::Command> for Command {
                 Self::CompareAndSwap(CompareAndSwap { key, expected, value })
             }
             Wire::Txn(txn) => Self::Txn(Txn::convert(txn)?),
+            _ => return Err(KvError::NoQueries),
         })
     }
 }

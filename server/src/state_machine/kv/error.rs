@@ -157,7 +157,7 @@ impl KvError {
 
 impl From<KvError> for v1::CommandError {
     fn from(refusal: KvError) -> Self {
-        Self { code: refusal.code().number().unsigned_abs(), message: refusal.to_string() }
+        Self { code: refusal.code().number().unsigned_abs(), message: refusal.to_string(), ..Self::default() }
     }
 }
 

@@ -18,9 +18,10 @@ use tokio::sync::watch;
 
 use super::error::KvError;
 use super::past::PastRevision;
+use super::recent::Recent;
 use super::store::{self, Store};
 use crate::state_machine::{AppliedState, CommittedEntry, StateMachine, StoreTime};
-use crate::storage::versions::{ScanOrder, StoreState, VersionStore};
+use crate::storage::versions::{Change, ScanOrder, StoreState, Submission, VersionStore};
 use crate::storage::{LogPosition, StorageError};
 
 /// The state machine of the product. Readers never wait for `apply`, nor it for them.
@@ -30,6 +31,8 @@ pub struct KvStateMachine {
     /// Held by the one who applies: `current` is read, changed and replaced as one step.
     applying: Mutex<()>,
     versions: Arc<VersionStore>,
+    /// The last changes of `current`.
+    recent: Recent,
     /// Follows `current`, for those who wait.
     revision: watch::Sender<Revision>,
 }
@@ -63,8 +66,9 @@ impl KvStateMachine {
         drop(newest);
         store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
         let (revision, _) = watch::channel(store.revision());
+        let recent = Recent::after(store.revision());
         let current = ArcSwap::from_pointee(store);
-        Ok(Self { current, applying: Mutex::new(()), versions: Arc::new(versions), revision })
+        Ok(Self { current, applying: Mutex::new(()), versions: Arc::new(versions), recent, revision })
     }
 
     /// The store as of now: consistent, and unmoved by what is applied later. Dropped soon, since it keeps what it shows
@@ -92,7 +96,21 @@ impl KvStateMachine {
         }
     }
 
-    /// Follows the current revision: once it is seen here, [`current`](Self::current) shows it.
+    /// The changes after `revision` that memory still holds: one vector for each log entry that changed a key, in the
+    /// order of revisions. `None` if some of them are gone from memory; the history has those.
+    #[must_use]
+    pub fn changes_after(&self, revision: Revision) -> Option<Vec<Arc<Vec<Change>>>> {
+        self.recent.after_revision(revision)
+    }
+
+    /// The history on disk, to which changes come late.
+    #[must_use]
+    pub fn history(&self) -> &Arc<VersionStore> {
+        &self.versions
+    }
+
+    /// Follows the current revision: once it is seen here, [`current`](Self::current) shows it, and
+    /// [`changes_after`](Self::changes_after) its changes.
     #[must_use]
     pub fn revisions(&self) -> watch::Receiver<Revision> {
         self.revision.subscribe()
@@ -113,13 +131,16 @@ impl StateMachine for KvStateMachine {
         let _applying = self.applying.lock();
         let mut store = Store::clone(&self.current.load());
         let store::Effects { answers, changes } = store.apply(entry);
+        let changes = Arc::new(changes);
         let state = store.state().clone();
         let revision = store.revision();
+        // In this order: who sees a revision finds its changes, and who sees a change can read it.
         self.current.store(Arc::new(store));
+        self.recent.push(&changes);
         if *self.revision.borrow() != revision {
             self.revision.send_replace(revision);
         }
-        self.versions.submit(changes, state)?;
+        self.versions.submit(Submission { changes, records: Vec::new(), state })?;
         Ok(answers)
     }
 

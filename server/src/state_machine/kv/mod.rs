@@ -11,6 +11,7 @@ mod machine;
 mod page;
 mod past;
 mod read;
+mod recent;
 mod room;
 mod rules;
 mod store;

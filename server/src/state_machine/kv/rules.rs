@@ -31,6 +31,7 @@ pub fn validate(command: &v1::Command) -> Result<(), KvError> {
             }
             validate_txn(txn)
         }
+        _ => Err(KvError::NoQueries),
     }
 }
 

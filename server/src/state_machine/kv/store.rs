@@ -207,21 +207,23 @@ struct Step<'a> {
 
 impl Step<'_> {
     fn put(&mut self, key: &[u8], value: &[u8]) {
-        let (create_revision, version) = match self.keys.get(key) {
+        let before = self.keys.get(key).cloned();
+        let (create_revision, version) = match &before {
             Some(held) => (held.create_revision, held.version + 1),
             None => (self.revision, 1),
         };
         let (key, value) = KeyVersion::own(key, value);
         let mod_revision = self.revision;
         let version = Arc::new(KeyVersion { key, value, create_revision, mod_revision, version, lease: LeaseId(0) });
-        self.changes.push(Change::Put(Arc::clone(&version)));
+        let (key, after) = (version.key.clone(), Some(Arc::clone(&version)));
+        self.changes.push(Change { key, revision: self.revision, after, before });
         self.keys.insert(version);
     }
 
     /// Returns whether the key existed.
     fn delete(&mut self, key: &[u8]) -> bool {
         let Some(held) = self.keys.remove(key) else { return false };
-        self.changes.push(Change::Delete { key: held.key.clone(), revision: self.revision });
+        self.changes.push(Change { key: held.key.clone(), revision: self.revision, after: None, before: Some(held) });
         true
     }
 
@@ -265,12 +267,17 @@ impl Step<'_> {
     }
 
     /// Reduces the changes of a transaction to the last one of each key. A key that was put and deleted again leaves a
-    /// deletion: its revision has been seen by the transaction, so it is used up.
+    /// deletion: its revision has been seen by the transaction, so it is used up. In the order of keys.
     fn keep_last_changes(&mut self, since: usize) {
         let mut changes = self.changes.split_off(since);
-        changes.reverse();
-        changes.sort_by(|a, b| a.key().cmp(b.key()));
-        changes.dedup_by(|later, first| later.key() == first.key());
+        changes.sort_by(|a, b| a.key.cmp(&b.key));
+        changes.dedup_by(|later, first| {
+            let same = later.key == first.key;
+            if same {
+                first.after = later.after.take();
+            }
+            same
+        });
         self.changes.append(&mut changes);
     }
 }
@@ -291,7 +298,7 @@ impl Source for Step<'_> {
             Write::Put { key, value, return_previous } => {
                 let previous = if return_previous { self.held(&key, room)? } else { None };
                 self.put(&key, &value);
-                Written::Put(v1::PutResponse { header: None, previous })
+                Written::Put(v1::PutResponse { previous, ..Default::default() })
             }
             Write::Delete { key, return_previous } => {
                 let previous = if return_previous { self.held(&key, room)? } else { None };

@@ -15,7 +15,7 @@
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut, TryGetError};
-use d_engine_proto::{LeaseId, LogIndex, Revision, Term};
+use d_engine_proto::{LeaseId, LogIndex, Revision, SessionId, Term};
 
 use super::{Change, KeyVersion, StoreState};
 use crate::storage::LogPosition;
@@ -99,15 +99,15 @@ pub(super) fn unescape_key(out: &mut BytesMut, escaped: &[u8]) -> Result<(), Mal
 pub(super) fn encode_change(out: &mut Vec<u8>, version_key: &[u8], change: &Change) {
     out.clear();
     out.put_u32(0);
-    match change {
-        Change::Put(put) => {
+    match &change.after {
+        Some(put) => {
             out.put_u8(KIND_PUT);
             out.put_u64(put.create_revision.get());
             out.put_u64(put.version);
             out.put_u64(put.lease.get());
             out.put_slice(&put.value);
         }
-        Change::Delete { .. } => out.put_u8(KIND_DELETE),
+        None => out.put_u8(KIND_DELETE),
     }
     put_checksum(out, version_key);
 }
@@ -152,6 +152,8 @@ pub(super) fn encode_state(state: &StoreState) -> Vec<u8> {
     out.put_u64(state.compacted.get());
     out.put_u64(state.store_time.as_secs());
     out.put_u32(state.store_time.subsec_nanos());
+    out.put_u64(state.last_lease.get());
+    out.put_u64(state.last_session.get());
     put_position(&mut out, state.position);
     put_position(&mut out, state.membership.as_ref().map(|(position, _)| *position));
     if let Some((_, membership)) = &state.membership {
@@ -170,9 +172,11 @@ pub(super) fn decode_state(mut record: &[u8]) -> Result<StoreState, Malformed> {
     let compacted = Revision(record.try_get_u64()?);
     let seconds = record.try_get_u64()?;
     let store_time = Duration::new(seconds, record.try_get_u32()?);
+    let last_lease = LeaseId(record.try_get_u64()?);
+    let last_session = SessionId(record.try_get_u64()?);
     let position = get_position(&mut record)?;
     let membership = get_position(&mut record)?.map(|position| (position, Bytes::copy_from_slice(record)));
-    Ok(StoreState { position, store_time, membership, revision, compacted })
+    Ok(StoreState { position, store_time, membership, revision, compacted, last_lease, last_session })
 }
 
 fn put_position(out: &mut Vec<u8>, position: Option<LogPosition>) {
@@ -264,7 +268,8 @@ mod tests {
         };
         let mut key = Vec::new();
         put_version_key(&mut key, &version.key, version.mod_revision);
-        (key, Change::Put(Arc::new(version)))
+        let (changed, revision) = (version.key.clone(), version.mod_revision);
+        (key, Change { key: changed, revision, after: Some(Arc::new(version)), before: None })
     }
 
     #[test]
@@ -272,10 +277,9 @@ mod tests {
         let (key, put) = sample_put();
         let mut record = Vec::new();
         encode_change(&mut record, &key, &put);
-        let Change::Put(version) = put else { panic!("a put") };
-        assert_eq!(decode_version(&key, &record), Ok(Some((*version).clone())));
+        assert_eq!(decode_version(&key, &record), Ok(put.after.as_deref().cloned()));
 
-        let delete = Change::Delete { key: version.key.clone(), revision: Revision(9) };
+        let delete = Change { after: None, ..put };
         encode_change(&mut record, &key, &delete);
         assert_eq!(decode_version(&key, &record), Ok(None));
     }

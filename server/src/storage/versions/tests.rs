@@ -29,11 +29,17 @@ fn version(key: &[u8], revision: u64) -> KeyVersion {
 }
 
 fn put(key: &[u8], revision: u64) -> Change {
-    Change::Put(Arc::new(version(key, revision)))
+    let after = Some(Arc::new(version(key, revision)));
+    Change { key: Bytes::copy_from_slice(key), revision: Revision(revision), after, before: None }
 }
 
 fn delete(key: &[u8], revision: u64) -> Change {
-    Change::Delete { key: Bytes::copy_from_slice(key), revision: Revision(revision) }
+    Change { key: Bytes::copy_from_slice(key), revision: Revision(revision), after: None, before: None }
+}
+
+/// Submits changes alone.
+fn submit(store: &VersionStore, changes: Vec<Change>, state: StoreState) -> Result<(), StorageError> {
+    store.submit(Submission { changes: Arc::new(changes), records: Vec::new(), state })
 }
 
 fn scan(
@@ -61,7 +67,7 @@ fn filled() -> tempfile::TempDir {
     let store = VersionStore::open(directory.path()).unwrap();
     for revision in 1..=100 {
         let key = KEYS[usize::try_from(revision).unwrap() % KEYS.len()];
-        store.submit(vec![put(key, revision)], state(revision)).unwrap();
+        submit(&store, vec![put(key, revision)], state(revision)).unwrap();
     }
     store.flush().unwrap();
     directory
@@ -101,12 +107,12 @@ fn the_history_reads_like_a_list_of_changes_at_every_revision() {
         let mut now = past.last().unwrap().clone();
         let key = if rng.u32(..3) == 0 { KEYS[rng.usize(..KEYS.len())] } else { b"a\0" };
         let change = if rng.u32(..6) == 0 { delete(key, revision) } else { put(key, revision) };
-        match &change {
-            Change::Put(put) => drop(now.insert(put.key.clone(), KeyVersion::clone(put))),
-            Change::Delete { key, .. } => drop(now.remove(key)),
+        match &change.after {
+            Some(put) => drop(now.insert(put.key.clone(), KeyVersion::clone(put))),
+            None => drop(now.remove(&change.key)),
         }
         past.push(now);
-        store.submit(vec![change], state(revision)).unwrap();
+        submit(&store, vec![change], state(revision)).unwrap();
     }
     assert_eq!(store.wait_written(Revision(300), GENEROUS).unwrap(), Revision(300));
     for (revision, keys) in past.iter().enumerate().skip(1) {
@@ -137,8 +143,8 @@ fn flushed_changes_and_their_state_are_there_after_reopening() {
         compacted: Revision(1),
         ..state(2)
     };
-    store.submit(vec![put(b"a", 1)], state(1)).unwrap();
-    store.submit(vec![delete(b"a", 2), put(b"b", 2)], last.clone()).unwrap();
+    submit(&store, vec![put(b"a", 1)], state(1)).unwrap();
+    submit(&store, vec![delete(b"a", 2), put(b"b", 2)], last.clone()).unwrap();
     assert_eq!(store.durable(), None);
     store.flush().unwrap();
     assert_eq!(store.durable(), last.position);
@@ -161,7 +167,7 @@ fn a_crash_between_writes_never_leaves_half_a_submission() {
         while store.durable().is_none() {
             revision += 1;
             let changes = KEYS.iter().map(|key| put(key, revision)).collect();
-            store.submit(changes, state(revision)).unwrap();
+            submit(&store, changes, state(revision)).unwrap();
         }
         let image = tempfile::tempdir().unwrap();
         // The manifest first: it names no file that is not there yet.
@@ -183,7 +189,7 @@ fn a_crash_between_writes_never_leaves_half_a_submission() {
 fn a_submission_without_changes_moves_the_state_too() {
     let directory = tempfile::tempdir().unwrap();
     let store = VersionStore::open(directory.path()).unwrap();
-    store.submit(Vec::new(), state(0)).unwrap();
+    submit(&store, Vec::new(), state(0)).unwrap();
     store.flush().unwrap();
     assert_eq!(store.durable(), state(0).position);
 }
@@ -196,7 +202,7 @@ fn durability_advances_by_itself_once_enough_is_written() {
     // Ends as soon as it is so; a store that never flushed by itself would write on until the test is given up.
     while store.durable().is_none() {
         revision += 1;
-        store.submit(vec![put(b"k", revision)], state(revision)).unwrap();
+        submit(&store, vec![put(b"k", revision)], state(revision)).unwrap();
     }
 }
 
@@ -204,7 +210,7 @@ fn durability_advances_by_itself_once_enough_is_written() {
 fn waiting_for_what_is_not_submitted_ends_with_the_time_allowed() {
     let directory = tempfile::tempdir().unwrap();
     let store = VersionStore::open(directory.path()).unwrap();
-    store.submit(vec![put(b"a", 1)], state(1)).unwrap();
+    submit(&store, vec![put(b"a", 1)], state(1)).unwrap();
     assert_eq!(store.wait_written(Revision(1), GENEROUS).unwrap(), Revision(1));
     assert_eq!(store.wait_written(Revision(2), Duration::from_millis(1)).unwrap(), Revision(1));
 }
@@ -318,12 +324,12 @@ fn after_a_failed_write_nothing_is_acknowledged_any_more() {
     let root = tempfile::tempdir().unwrap();
     let path = root.path().join("versions");
     let store = VersionStore::open(&path).unwrap();
-    store.submit(vec![put(b"a", 1)], state(1)).unwrap();
+    submit(&store, vec![put(b"a", 1)], state(1)).unwrap();
     assert_eq!(store.wait_written(Revision(1), GENEROUS).unwrap(), Revision(1));
     fs::remove_dir_all(&path).unwrap();
     assert!(matches!(store.flush(), Err(StorageError::Io { .. })));
     assert_eq!(store.durable(), None);
-    assert!(matches!(store.submit(vec![put(b"a", 2)], state(2)), Err(StorageError::Io { .. })));
+    assert!(matches!(submit(&store, vec![put(b"a", 2)], state(2)), Err(StorageError::Io { .. })));
     assert!(matches!(store.wait_written(Revision(2), GENEROUS), Err(StorageError::Io { .. })));
     assert!(matches!(store.flush(), Err(StorageError::Io { .. })));
 }

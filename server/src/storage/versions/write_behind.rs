@@ -20,7 +20,7 @@ use rocksdb::WriteBatch;
 
 use super::database::Database;
 use super::encoding::{self, STATE_KEY};
-use super::{Change, StoreState};
+use super::{Change, StoreState, Submission};
 use crate::storage::{LogPosition, StorageError};
 
 /// What a change costs in the queue besides its key and value.
@@ -43,9 +43,9 @@ impl Default for Bounds {
     }
 }
 
-struct Submission {
-    changes: Vec<Change>,
-    state: StoreState,
+/// A submission and what it costs the queue.
+struct Queued {
+    submission: Submission,
     bytes: usize,
 }
 
@@ -65,7 +65,7 @@ struct Failure {
 }
 
 struct Progress {
-    queue: VecDeque<Submission>,
+    queue: VecDeque<Queued>,
     /// Bytes submitted and not yet written.
     pending_bytes: usize,
     submitted: u64,
@@ -139,10 +139,10 @@ impl WriteBehind {
         Ok(())
     }
 
-    /// Queues the changes of one log entry and the state after it. Waits while the queue is full.
-    pub(super) fn submit(&self, changes: Vec<Change>, state: StoreState) -> Result<(), StorageError> {
+    /// Queues what one log entry led to. Waits while the queue is full.
+    pub(super) fn submit(&self, submission: Submission) -> Result<(), StorageError> {
         let shared = &self.shared;
-        let bytes = CHANGE_OVERHEAD_BYTES + changes.iter().map(change_bytes).sum::<usize>();
+        let bytes = CHANGE_OVERHEAD_BYTES + submission.changes.iter().map(change_bytes).sum::<usize>();
         let mut progress = shared.progress.lock();
         // What is larger than the whole queue goes through it alone.
         let full = |progress: &mut Progress| {
@@ -152,7 +152,7 @@ impl WriteBehind {
         };
         shared.progressed.wait_while(&mut progress, full);
         shared.check(&progress)?;
-        progress.queue.push_back(Submission { changes, state, bytes });
+        progress.queue.push_back(Queued { submission, bytes });
         progress.pending_bytes += bytes;
         progress.submitted += 1;
         shared.writable.notify_one();
@@ -205,7 +205,7 @@ impl Shared {
         let mut encoder = Encoder::default();
         let mut unflushed_bytes = 0;
         while let Some((changes, state, mark, bytes)) = self.next_batch() {
-            let batch = encoder.encode(changes, &state);
+            let batch = encoder.encode(&changes, &state);
             unflushed_bytes += batch.size_in_bytes();
             let result = self.database.write(batch);
             let mut progress = self.progress.lock();
@@ -226,7 +226,7 @@ impl Shared {
     }
 
     /// What has accumulated, up to a batch; `None` when it is time to end.
-    fn next_batch(&self) -> Option<(Vec<Change>, StoreState, Mark, usize)> {
+    fn next_batch(&self) -> Option<(Vec<Arc<Vec<Change>>>, StoreState, Mark, usize)> {
         let mut progress = self.progress.lock();
         self.writable.wait_while(&mut progress, |progress| {
             progress.queue.is_empty() && !progress.stopping && progress.failure.is_none()
@@ -234,14 +234,16 @@ impl Shared {
         if progress.stopping || progress.failure.is_some() {
             return None;
         }
-        let Submission { mut changes, mut state, mut bytes } = progress.queue.pop_front()?;
+        let Queued { submission, mut bytes } = progress.queue.pop_front()?;
+        let mut changes = vec![submission.changes];
+        let mut state = submission.state;
         let mut submissions = progress.written.submissions + 1;
         while let Some(next) = progress.queue.front()
             && bytes + next.bytes <= self.bounds.batch_bytes_max
-            && let Some(mut next) = progress.queue.pop_front()
+            && let Some(next) = progress.queue.pop_front()
         {
-            changes.append(&mut next.changes);
-            state = next.state;
+            changes.push(next.submission.changes);
+            state = next.submission.state;
             bytes += next.bytes;
             submissions += 1;
         }
@@ -317,14 +319,15 @@ struct Encoder {
 
 impl Encoder {
     /// The changes in the order of their keys on disk, which RocksDB takes fastest, and the state they lead to.
-    fn encode(&mut self, mut changes: Vec<Change>, state: &StoreState) -> WriteBatch {
+    fn encode(&mut self, changes: &[Arc<Vec<Change>>], state: &StoreState) -> WriteBatch {
+        let mut changes: Vec<&Change> = changes.iter().flat_map(|changes| changes.iter()).collect();
         // No two changes share key and revision, so an unstable sort loses nothing.
-        changes.sort_unstable_by(|a, b| (a.key(), a.revision()).cmp(&(b.key(), b.revision())));
+        changes.sort_unstable_by(|a, b| (&a.key, a.revision).cmp(&(&b.key, b.revision)));
         let mut batch = WriteBatch::default();
         batch.put(STATE_KEY, encoding::encode_state(state));
-        for change in &changes {
+        for change in changes {
             self.key.clear();
-            encoding::put_version_key(&mut self.key, change.key(), change.revision());
+            encoding::put_version_key(&mut self.key, &change.key, change.revision);
             encoding::encode_change(&mut self.record, &self.key, change);
             batch.put(&self.key, &self.record);
         }
@@ -333,11 +336,7 @@ impl Encoder {
 }
 
 fn change_bytes(change: &Change) -> usize {
-    CHANGE_OVERHEAD_BYTES
-        + match change {
-            Change::Put(put) => put.key.len() + put.value.len(),
-            Change::Delete { key, .. } => key.len(),
-        }
+    CHANGE_OVERHEAD_BYTES + change.key.len() + change.after.as_ref().map_or(0, |put| put.value.len())
 }
 
 #[cfg(test)]
@@ -346,8 +345,10 @@ mod tests {
 
     use super::*;
 
-    fn delete(bytes: usize, revision: u64) -> Vec<Change> {
-        vec![Change::Delete { key: Bytes::from(vec![b'k'; bytes]), revision: Revision(revision) }]
+    fn delete(bytes: usize, revision: u64) -> Submission {
+        let key = Bytes::from(vec![b'k'; bytes]);
+        let change = Change { key, revision: Revision(revision), after: None, before: None };
+        Submission { changes: Arc::new(vec![change]), records: Vec::new(), state: state(revision) }
     }
 
     fn state(revision: u64) -> StoreState {
@@ -362,7 +363,7 @@ mod tests {
         let write_behind = WriteBehind::start(Arc::new(database), &start, bounds).unwrap();
         for revision in 1..=500 {
             let bytes = if revision % 50 == 0 { 10 << 10 } else { 500 };
-            write_behind.submit(delete(bytes, revision), state(revision)).unwrap();
+            write_behind.submit(delete(bytes, revision)).unwrap();
             let pending = write_behind.shared.progress.lock().pending_bytes;
             let alone = bytes + 2 * CHANGE_OVERHEAD_BYTES;
             assert!(pending <= bounds.queue_bytes_max || pending == alone, "{pending} at {revision}");

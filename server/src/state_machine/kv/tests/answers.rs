@@ -113,7 +113,7 @@ fn a_transaction_that_would_answer_too_much_changes_nothing() {
         assert!(matches!(answer.reply, Some(Reply::Txn(_))) && answer.revision == 4);
 
         let mut store = too_large.clone();
-        let effects = store.apply(&entry(4, &[v1::Command { command: Some(command) }]));
+        let effects = store.apply(&entry(4, &[v1::Command::from(command)]));
         let refusal = v1::CommandReply { revision: 3, reply: Some(Reply::Error(KvError::AnswerTooLarge.into())) };
         assert_eq!(decode(&effects.answers), [refusal]);
         assert_eq!(effects.changes, []);

@@ -29,7 +29,7 @@ fn swap(key: &[u8], expected: Option<&'static [u8]>, value: &'static [u8]) -> Co
         key: Bytes::copy_from_slice(key),
         expected: expected.map(Bytes::from_static),
         value: Bytes::from_static(value),
-        lease: 0,
+        ..Default::default()
     })
 }
 
@@ -55,7 +55,7 @@ fn a_put_creates_changes_and_after_a_deletion_creates_anew() {
     assert_eq!(created, v1::CommandReply { revision: 2, reply: Some(Reply::Put(v1::PutResponse::default())) });
     let changed = apply(&mut store, Command::Put(v1::PutRequest { return_previous: true, ..put(b"k", b"2") }));
     let previous = Some(key_value(b"k", b"1", (2, 2), 1));
-    assert_eq!(changed.reply, Some(Reply::Put(v1::PutResponse { header: None, previous })));
+    assert_eq!(changed.reply, Some(Reply::Put(v1::PutResponse { previous, ..Default::default() })));
     assert_eq!(held(&store, b"k"), Some(key_value(b"k", b"2", (2, 3), 2)));
 
     let deleted = apply(&mut store, Command::Delete(v1::DeleteRequest { return_previous: true, ..delete(b"k") }));
@@ -136,10 +136,10 @@ fn commands_of_an_entry_fail_independently_and_bytes_that_are_no_command_are_ans
     let mut entry = entry(
         1,
         &[
-            v1::Command { command: Some(Command::Put(put(b"a", b"1"))) },
-            v1::Command { command: Some(Command::Put(put(b"", b"1"))) },
-            v1::Command { command: None },
-            v1::Command { command: Some(Command::Put(put(b"b", b"2"))) },
+            v1::Command::from(Command::Put(put(b"a", b"1"))),
+            v1::Command::from(Command::Put(put(b"", b"1"))),
+            v1::Command::default(),
+            v1::Command::from(Command::Put(put(b"b", b"2"))),
         ],
     );
     if let EntryContent::Commands { commands, .. } = &mut entry.content {
@@ -169,7 +169,7 @@ fn store_time_does_not_go_back() {
 fn what_a_reader_holds_does_not_move() {
     let directory = tempfile::tempdir().unwrap();
     let machine = KvStateMachine::open(directory.path()).unwrap();
-    let put_one = |value: &[u8]| v1::Command { command: Some(Command::Put(put(b"k", value))) };
+    let put_one = |value: &[u8]| v1::Command::from(Command::Put(put(b"k", value)));
     machine.apply(&entry(1, &[put_one(b"1")])).unwrap();
     let before = machine.current();
     machine.apply(&entry(2, &[put_one(b"2")])).unwrap();
@@ -185,7 +185,7 @@ fn revisions_that_cannot_be_read_are_told_apart() {
     let future = |requested, current| KvError::FutureRevision { requested: Revision(requested), current };
     assert_eq!(machine.at(Revision(1)).err(), Some(future(1, Revision(0))));
 
-    let command = v1::Command { command: Some(Command::Put(put(b"k", b"1"))) };
+    let command = v1::Command::from(Command::Put(put(b"k", b"1")));
     machine.apply(&entry(1, &[command.clone(), command])).unwrap();
     assert!(matches!(machine.at(Revision(2)), Ok(ReadPoint::Current(_))));
     assert!(matches!(machine.at(Revision(1)), Ok(ReadPoint::Past(_))));
@@ -198,7 +198,7 @@ fn revisions_that_cannot_be_read_are_told_apart() {
 fn a_past_transaction_that_writes_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let machine = KvStateMachine::open(directory.path()).unwrap();
-    let command = v1::Command { command: Some(Command::Put(put(b"k", b"1"))) };
+    let command = v1::Command::from(Command::Put(put(b"k", b"1")));
     machine.apply(&entry(1, &[command.clone(), command])).unwrap();
     machine.flush().unwrap();
     let Ok(ReadPoint::Past(past)) = machine.at(Revision(1)) else { panic!("revision 1 is past") };
@@ -224,7 +224,7 @@ fn an_unset_range_does_not_delete_the_store() {
     let reply = apply(&mut store, Command::DeleteRange(v1::DeleteRangeRequest::default()));
     assert!(matches!(reply.reply, Some(Reply::Error(_))));
     assert_eq!(store.key_count(), 1);
-    let all = v1::DeleteRangeRequest { range: Some(key_range(b"", b"")), return_previous: false };
+    let all = delete_range(b"", b"");
     apply(&mut store, Command::DeleteRange(all));
     assert_eq!(store.key_count(), 0);
 }

@@ -39,7 +39,7 @@ fn decode(answers: &[Bytes]) -> Vec<v1::CommandReply> {
 /// Applies one command as an entry of its own and checks the invariants.
 fn apply(store: &mut Store, command: command::Command) -> v1::CommandReply {
     let index = store.state().position.map_or(1, |position| position.index.get() + 1);
-    let effects = store.apply(&entry(index, &[v1::Command { command: Some(command) }]));
+    let effects = store.apply(&entry(index, &[v1::Command::from(command)]));
     store.validate().unwrap();
     decode(&effects.answers).remove(0)
 }
@@ -53,12 +53,7 @@ fn apply_txn(store: &mut Store, txn: v1::TxnRequest) -> v1::TxnResponse {
 }
 
 fn put(key: &[u8], value: &[u8]) -> v1::PutRequest {
-    v1::PutRequest {
-        key: Bytes::copy_from_slice(key),
-        value: Bytes::copy_from_slice(value),
-        lease: 0,
-        return_previous: false,
-    }
+    v1::PutRequest { key: Bytes::copy_from_slice(key), value: Bytes::copy_from_slice(value), ..Default::default() }
 }
 
 fn get(key: &[u8]) -> v1::GetRequest {
@@ -66,7 +61,7 @@ fn get(key: &[u8]) -> v1::GetRequest {
 }
 
 fn delete(key: &[u8]) -> v1::DeleteRequest {
-    v1::DeleteRequest { key: Bytes::copy_from_slice(key), return_previous: false }
+    v1::DeleteRequest { key: Bytes::copy_from_slice(key), ..Default::default() }
 }
 
 fn key_range(start: &[u8], end: &[u8]) -> v1::KeyRange {
@@ -78,7 +73,7 @@ fn range(start: &[u8], end: &[u8]) -> v1::RangeRequest {
 }
 
 fn delete_range(start: &[u8], end: &[u8]) -> v1::DeleteRangeRequest {
-    v1::DeleteRangeRequest { range: Some(key_range(start, end)), return_previous: false }
+    v1::DeleteRangeRequest { range: Some(key_range(start, end)), ..Default::default() }
 }
 
 fn txn(then: Vec<txn_operation::Operation>) -> v1::TxnRequest {

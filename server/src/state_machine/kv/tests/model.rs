@@ -54,7 +54,7 @@ impl Model {
         let reply = reply.filter(fits).unwrap_or_else(|| {
             touched.clear();
             let code = ErrorCode::InvalidArgument.number().unsigned_abs();
-            Reply::Error(v1::CommandError { code, message: String::new() })
+            Reply::Error(v1::CommandError { code, ..Default::default() })
         });
         if !touched.is_empty() {
             self.revision += 1;
@@ -181,7 +181,7 @@ impl Step<'_> {
             lease: 0,
         };
         self.keys.insert(put.key.clone(), kv);
-        v1::PutResponse { header: None, previous: if put.return_previous { held } else { None } }
+        v1::PutResponse { previous: if put.return_previous { held } else { None }, ..Default::default() }
     }
 
     fn delete(&mut self, delete: &v1::DeleteRequest) -> v1::DeleteResponse {

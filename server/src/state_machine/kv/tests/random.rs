@@ -61,11 +61,11 @@ fn command(rng: &mut Rng) -> v1::Command {
             key: key(rng),
             expected: rng.bool().then(|| value(rng)),
             value: value(rng),
-            lease: 0,
+            ..Default::default()
         }),
         _ => Command::Txn(txn(rng, 0, true)),
     };
-    v1::Command { command: Some(command) }
+    v1::Command::from(command)
 }
 
 pub(super) fn get(rng: &mut Rng) -> v1::GetRequest {
@@ -94,21 +94,25 @@ pub(super) fn read_txn(rng: &mut Rng) -> v1::TxnRequest {
 
 pub(super) fn put_of(rng: &mut Rng, value: Bytes) -> v1::Command {
     let put = v1::PutRequest { key: good_key(rng), value, ..v1::PutRequest::default() };
-    v1::Command { command: Some(Command::Put(put)) }
+    v1::Command::from(Command::Put(put))
 }
 
 /// A transaction that writes one key and reads many.
 pub(super) fn greedy_txn(rng: &mut Rng) -> v1::Command {
-    let mut then = vec![Operation::Delete(v1::DeleteRequest { key: good_key(rng), return_previous: rng.bool() })];
+    let mut then = vec![Operation::Delete(v1::DeleteRequest {
+        key: good_key(rng),
+        return_previous: rng.bool(),
+        ..Default::default()
+    })];
     then.extend((0..4).map(|_| Operation::Get(get(rng))));
     then.push(Operation::Txn(read_txn(rng)));
-    v1::Command { command: Some(Command::Txn(super::txn(then))) }
+    v1::Command::from(Command::Txn(super::txn(then)))
 }
 
 fn txn(rng: &mut Rng, depth: u32, writes: bool) -> v1::TxnRequest {
     let compare = (0..rng.usize(..3)).map(|_| compare(rng, writes)).collect();
     let then = branch(rng, depth, writes);
-    v1::TxnRequest { compare, then, otherwise: branch(rng, depth, writes), read: None }
+    v1::TxnRequest { compare, then, otherwise: branch(rng, depth, writes), ..Default::default() }
 }
 
 /// At most three operations and one nested transaction, three levels deep: 120 operations in all, within the bound.
@@ -145,11 +149,11 @@ fn compare(rng: &mut Rng, any_key: bool) -> v1::Compare {
 }
 
 fn put(rng: &mut Rng) -> v1::PutRequest {
-    v1::PutRequest { key: key(rng), value: value(rng), lease: 0, return_previous: rng.bool() }
+    v1::PutRequest { key: key(rng), value: value(rng), return_previous: rng.bool(), ..Default::default() }
 }
 
 fn delete(rng: &mut Rng) -> v1::DeleteRequest {
-    v1::DeleteRequest { key: key(rng), return_previous: rng.bool() }
+    v1::DeleteRequest { key: key(rng), return_previous: rng.bool(), ..Default::default() }
 }
 
 fn delete_range(rng: &mut Rng) -> v1::DeleteRangeRequest {
@@ -161,7 +165,7 @@ fn delete_range(rng: &mut Rng) -> v1::DeleteRangeRequest {
         1 => interval(rng),
         _ => v1::KeyRange { start, end },
     };
-    v1::DeleteRangeRequest { range: Some(range), return_previous: rng.bool() }
+    v1::DeleteRangeRequest { range: Some(range), return_previous: rng.bool(), ..Default::default() }
 }
 
 fn interval(rng: &mut Rng) -> v1::KeyRange {

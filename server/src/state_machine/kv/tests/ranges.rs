@@ -21,12 +21,11 @@ impl Both {
     pub(super) fn new(pairs: &[(Bytes, Bytes)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let machine = KvStateMachine::open(directory.path()).unwrap();
-        let puts: Vec<_> =
-            pairs.iter().map(|(key, value)| v1::Command { command: Some(Command::Put(put(key, value))) }).collect();
+        let puts: Vec<_> = pairs.iter().map(|(key, value)| v1::Command::from(Command::Put(put(key, value)))).collect();
         machine.apply(&entry(1, &puts)).unwrap();
         let memory = machine.current();
         let clear = Command::DeleteRange(delete_range(b"", b""));
-        machine.apply(&entry(2, &[v1::Command { command: Some(clear) }])).unwrap();
+        machine.apply(&entry(2, &[v1::Command::from(clear)])).unwrap();
         machine.flush().unwrap();
         let Ok(ReadPoint::Past(past)) = machine.at(memory.revision()) else { panic!("it is past") };
         let past = past.wait(Duration::ZERO).unwrap();

@@ -10,7 +10,7 @@ use crate::state_machine::kv::{
 };
 
 fn check(command: Command) -> Result<(), KvError> {
-    validate(&v1::Command { command: Some(command) })
+    validate(&v1::Command::from(command))
 }
 
 fn check_put(put: v1::PutRequest) -> Result<(), KvError> {
@@ -109,7 +109,7 @@ fn options_that_exclude_each_other_and_unknown_numbers_are_refused() {
 
 #[test]
 fn what_is_not_there_is_named() {
-    assert_eq!(validate(&v1::Command { command: None }), Err(KvError::Missing { field: "command" }));
+    assert_eq!(validate(&v1::Command::default()), Err(KvError::Missing { field: "command" }));
     let operation = v1::TxnRequest { then: vec![v1::TxnOperation { operation: None }], ..Default::default() };
     assert_eq!(check_txn(operation), Err(KvError::Missing { field: "operation" }));
     let target = v1::Compare { target: None, ..compare_version(b"a") };
@@ -218,7 +218,7 @@ fn leases_are_refused_until_there_are_any() {
 #[test]
 fn a_transaction_is_read_only_when_no_branch_can_write() {
     let nest = |operation: Operation| txn(vec![Operation::Txn(txn(vec![operation]))]);
-    let delete_all = v1::DeleteRangeRequest { range: Some(key_range(b"", b"")), return_previous: false };
+    let delete_all = delete_range(b"", b"");
     assert!(is_read_only(&v1::TxnRequest::default()));
     assert!(is_read_only(&nest(Operation::Get(get(b"a")))));
     assert!(is_read_only(&nest(Operation::Range(range(b"", b"")))));

@@ -147,13 +147,10 @@ fn changes_name_each_key_once_with_its_last_state() {
         Operation::DeleteRange(delete_range(b"", b"c")),
         Operation::Put(put(b"b", b"2")),
     ]);
-    let changes = store.apply(&entry(2, &[v1::Command { command: Some(Command::Txn(mixed)) }])).changes;
+    let changes = store.apply(&entry(2, &[v1::Command::from(Command::Txn(mixed))])).changes;
     let summary: Vec<_> = changes
         .iter()
-        .map(|change| match change {
-            Change::Put(put) => (put.key.clone(), Some(put.value.clone()), put.mod_revision),
-            Change::Delete { key, revision } => (key.clone(), None, *revision),
-        })
+        .map(|change| (change.key.clone(), change.after.as_ref().map(|after| after.value.clone()), change.revision))
         .collect();
     let bytes = Bytes::from_static;
     assert_eq!(
