@@ -75,8 +75,7 @@ fn put(key: impl Into<Bytes>, value: impl Into<Bytes>) -> PutRequest {
 
 /// A put of which the encoded command has exactly `bytes`: that is what the limit of a request counts.
 fn put_of(bytes: usize) -> PutRequest {
-    let size =
-        |value: usize| Command { command: Some(command::Command::Put(put("large", vec![b'v'; value]))) }.encoded_len();
+    let size = |value: usize| Command::from(command::Command::Put(put("large", vec![b'v'; value]))).encoded_len();
     let value = 2 * bytes - size(bytes);
     assert_eq!(size(value), bytes);
     put("large", vec![b'v'; value])

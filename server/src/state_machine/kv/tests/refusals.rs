@@ -4,7 +4,7 @@ use bytes::Bytes;
 use d_engine_proto::v1::{self, command::Command, compare, txn_operation::Operation};
 use d_engine_proto::{ErrorCode, limits};
 
-use super::{delete, delete_range, get, key_range, operations, put, range, txn};
+use super::{delete, delete_range, get, operations, put, range, txn};
 use crate::state_machine::kv::{
     KvError, is_read_only, validate, validate_get, validate_get_many, validate_range, validate_txn,
 };

@@ -106,12 +106,12 @@ fn random_commands_are_answered_as_the_model_answers_them() {
             check_answers(&mut model, &commands, &effects.answers, &context);
             store.validate().expect(&context);
             assert_eq!(contents(&store), model.keys.values().cloned().collect::<Vec<_>>(), "{context}");
-            assert!(effects.changes.windows(2).all(|pair| pair[0].revision() <= pair[1].revision()), "{context}");
+            assert!(effects.changes.windows(2).all(|pair| pair[0].revision <= pair[1].revision), "{context}");
             assert!(
                 effects
                     .changes
                     .windows(2)
-                    .all(|pair| { pair[0].revision() < pair[1].revision() || pair[0].key() < pair[1].key() }),
+                    .all(|pair| { pair[0].revision < pair[1].revision || pair[0].key < pair[1].key }),
                 "{context}"
             );
         }
