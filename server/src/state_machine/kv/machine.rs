@@ -103,6 +103,19 @@ impl KvStateMachine {
         self.recent.after_revision(revision)
     }
 
+    /// As [`changes_after`](Self::changes_after), but no more entries than it takes to reach `bytes_max`, and at least
+    /// one if there is one.
+    #[must_use]
+    pub fn changes_after_within(&self, revision: Revision, bytes_max: usize) -> Option<Vec<Arc<Vec<Change>>>> {
+        self.recent.after_revision_within(revision, bytes_max.max(1))
+    }
+
+    /// Keeps fewer changes in memory, so that a short test goes beyond it many times.
+    #[cfg(test)]
+    pub(crate) fn with_recent_bytes(self, bytes_max: usize) -> Self {
+        Self { recent: self.recent.bounded(bytes_max), ..self }
+    }
+
     /// The history on disk, to which changes come late.
     #[must_use]
     pub fn history(&self) -> &Arc<VersionStore> {
