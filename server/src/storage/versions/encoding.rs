@@ -313,6 +313,8 @@ mod tests {
             membership: Some((position(3), Bytes::from_static(b"members"))),
             revision: Revision(11),
             compacted: Revision(2),
+            last_lease: LeaseId(8),
+            last_session: SessionId(9),
         };
         for state in [StoreState::default(), full] {
             let record = encode_state(&state);
