@@ -25,6 +25,10 @@ pub const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Commands that share a log entry. Keeps the time to apply one entry far below a heartbeat.
 pub const BATCH_COMMANDS_MAX: usize = 8192;
 
+/// Leases and sessions that one log entry ends at most. What else is due ends with the next entries, so that none takes
+/// long to apply.
+pub const EXPIRIES_PER_ENTRY_MAX: usize = 1000;
+
 /// Log entries proposed and not yet applied. One in flight costs 15 to 30 % of the throughput; beyond 16 nothing is
 /// gained.
 pub const ENTRIES_IN_FLIGHT_MAX: usize = 16;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! apply ──▶ Store ──▶ published for readers ──▶ answers
-//!             └─────▶ changes ──▶ VersionStore (written behind)
+//!             └─────▶ changes, leases, sessions ──▶ VersionStore (written behind)
 //! ```
 
 use std::path::Path;
@@ -59,10 +59,13 @@ impl KvStateMachine {
     /// # Errors
     /// [`StorageError::Corrupt`] or [`StorageError::Io`].
     pub fn load(versions: VersionStore) -> Result<Self, StorageError> {
-        let state = versions.recovered().clone();
+        let restored = Store::restore(versions.recovered().clone(), &versions.recovered_records()?);
+        let mut store = restored.map_err(|violation| versions.contradiction(violation.to_string()))?;
         // As of any revision there could be: one beyond the state's is found out below.
         let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
-        let store = Store::restore(state, || newest.advance())?;
+        while let Some(version) = newest.advance()? {
+            store.restore_key(version);
+        }
         drop(newest);
         store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
         let (revision, _) = watch::channel(store.revision());
@@ -143,7 +146,7 @@ impl StateMachine for KvStateMachine {
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
         let _applying = self.applying.lock();
         let mut store = Store::clone(&self.current.load());
-        let store::Effects { answers, changes } = store.apply(entry);
+        let store::Effects { answers, changes, records } = store.apply(entry);
         let changes = Arc::new(changes);
         let state = store.state().clone();
         let revision = store.revision();
@@ -153,7 +156,7 @@ impl StateMachine for KvStateMachine {
         if *self.revision.borrow() != revision {
             self.revision.send_replace(revision);
         }
-        self.versions.submit(Submission { changes, records: Vec::new(), state })?;
+        self.versions.submit(Submission { changes, records, state })?;
         Ok(answers)
     }
 

@@ -5,7 +5,7 @@ use d_engine_proto::v1::{self, command::Command, command_reply::Reply};
 use d_engine_proto::{ErrorCode, Revision};
 use prost::Message;
 
-use super::{apply, contents, decode, delete, delete_range, entry, get, key_range, position, put, range};
+use super::{apply, contents, decode, delete, delete_range, entry, get, position, put, range};
 use crate::state_machine::kv::{KvError, KvStateMachine, ReadError, ReadPoint, Store};
 use crate::state_machine::{CommittedEntry, EntryContent, StateMachine};
 

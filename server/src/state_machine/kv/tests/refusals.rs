@@ -4,7 +4,7 @@ use bytes::Bytes;
 use d_engine_proto::v1::{self, command::Command, compare, txn_operation::Operation};
 use d_engine_proto::{ErrorCode, limits};
 
-use super::{delete, delete_range, get, key_range, operations, put, range, txn};
+use super::{delete, delete_range, get, operations, put, range, txn};
 use crate::state_machine::kv::{
     KvError, is_read_only, validate, validate_get, validate_get_many, validate_range, validate_txn,
 };
@@ -201,18 +201,6 @@ fn read_options_belong_to_reads_that_stand_alone() {
     assert_eq!(check(Command::Txn(reads)), Err(KvError::MisplacedReadOptions));
     let says_nothing = Operation::Get(v1::GetRequest { read: read_at(0), ..get(b"a") });
     assert_eq!(check_txn(txn(vec![says_nothing])), Ok(()));
-}
-
-#[test]
-fn leases_are_refused_until_there_are_any() {
-    let swap = v1::CompareAndSwapRequest { lease: 7, key: get(b"a").key, ..Default::default() };
-    let leased = || v1::PutRequest { lease: 7, ..put(b"a", b"") };
-    for refusal in
-        [check_put(leased()), check(Command::CompareAndSwap(swap)), check_txn(txn(vec![Operation::Put(leased())]))]
-    {
-        assert_eq!(refusal, Err(KvError::NoLeases { lease: 7 }));
-    }
-    assert_eq!(KvError::NoLeases { lease: 7 }.code(), ErrorCode::Unsupported);
 }
 
 #[test]

@@ -7,7 +7,6 @@ use d_engine_proto::v1::{self, command::Command, txn_operation::Operation, txn_r
 
 use super::{apply, apply_txn, contents, delete, delete_range, entry, get, operations, put, range, txn};
 use crate::state_machine::kv::Store;
-use crate::storage::versions::Change;
 
 fn compare(key: &'static [u8], relation: Relation, target: Target) -> v1::Compare {
     v1::Compare { key: Bytes::from_static(key), relation: relation as i32, target: Some(target) }
@@ -77,7 +76,7 @@ fn all_comparisons_must_hold_for_the_first_branch() {
         compare,
         then: operations(vec![Operation::Put(put(b"k", b"then"))]),
         otherwise: operations(vec![Operation::Get(get(b"k"))]),
-        read: None,
+        ..Default::default()
     };
     let first = apply_txn(&mut store, branches(vec![absent(), absent()]));
     assert!(first.succeeded);
