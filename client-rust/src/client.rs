@@ -18,6 +18,7 @@ use crate::kv::IntoBytes;
 use crate::namespace::Namespace;
 use crate::options::{ClientBuilder, Options};
 use crate::retry::{Budget, Failure, backoff};
+use crate::session::Sessions;
 use crate::stats::{Counters, Stats};
 use crate::topology::{Address, Topology};
 
@@ -60,6 +61,7 @@ pub(crate) struct Shared {
     pub(crate) runtime: Handle,
     pub(crate) state: Mutex<State>,
     pub(crate) connections: Connections,
+    pub(crate) sessions: Sessions,
     /// Wakes calls that wait for a node to be available.
     pub(crate) changed: Notify,
     /// Asks for fresh members.
@@ -85,6 +87,7 @@ impl Client {
         let shared = Arc::new(Shared {
             connections: Connections::new(options.connect_timeout),
             options,
+            sessions: Sessions::default(),
             runtime: runtime.clone(),
             state: Mutex::new(State {
                 topology: Topology::new(seeds),

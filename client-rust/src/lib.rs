@@ -37,6 +37,7 @@ mod options;
 mod range;
 mod read;
 mod retry;
+mod session;
 mod stats;
 mod topology;
 mod txn;
