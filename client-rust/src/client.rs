@@ -18,6 +18,7 @@ use crate::options::{ClientBuilder, Options};
 use crate::retry::{Budget, Failure, backoff};
 use crate::stats::{Counters, Stats};
 use crate::topology::{Address, Topology};
+use crate::watch_link::Links;
 
 /// How old the member list may grow while all is well.
 const REFRESH_PERIOD: Duration = Duration::from_secs(30);
@@ -55,6 +56,9 @@ pub(crate) struct Shared {
     pub(crate) options: Options,
     pub(crate) state: Mutex<State>,
     pub(crate) connections: Connections,
+    pub(crate) links: Links,
+    /// Runs what works in the background.
+    pub(crate) runtime: Handle,
     /// Wakes calls that wait for a node to be available.
     pub(crate) changed: Notify,
     /// Asks for fresh members.
@@ -79,6 +83,8 @@ impl Client {
     pub(crate) fn start(seeds: Vec<Address>, options: Options, runtime: &Handle) -> Self {
         let shared = Arc::new(Shared {
             connections: Connections::new(options.connect_timeout),
+            links: Links::default(),
+            runtime: runtime.clone(),
             options,
             state: Mutex::new(State {
                 topology: Topology::new(seeds),
