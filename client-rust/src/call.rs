@@ -14,6 +14,7 @@ use crate::client::{Client, Shared};
 use crate::cluster::Leader;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
+use crate::namespace::Leave as _;
 use crate::options::bounded;
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::topology::{Address, Pick, Route};
@@ -47,13 +48,17 @@ pub(crate) enum Unchosen {
 
 impl Client {
     /// Makes a call, as often as it takes and the deadline allows.
-    pub(crate) async fn call<R: Unary>(&self, request: R, plan: Plan) -> Result<R::Reply, Error> {
+    pub(crate) async fn call<R: Unary>(&self, mut request: R, plan: Plan) -> Result<R::Reply, Error> {
+        request.enter(self.space()).map_err(|error| Error::invalid(R::OPERATION, error.to_string()))?;
         let span = tracing::debug_span!("d_engine_call", operation = R::OPERATION);
-        let result = self.shared().call(request, plan).instrument(span).await;
-        if let Err(error) = &result {
-            self.shared().counters.failures.add();
-            if error.outcome() == Outcome::Unknown {
-                self.shared().counters.unknown_outcomes.add();
+        let mut result = self.shared().call(request, plan).instrument(span).await;
+        match &mut result {
+            Ok(reply) => reply.leave(self.space()),
+            Err(error) => {
+                self.shared().counters.failures.add();
+                if error.outcome() == Outcome::Unknown {
+                    self.shared().counters.unknown_outcomes.add();
+                }
             }
         }
         result
@@ -95,7 +100,7 @@ impl Shared {
                 }
             };
             let attempt_deadline = match plan.resend {
-                Resend::Idempotent => deadline.min(Instant::now() + timeout / READ_ATTEMPTS),
+                Resend::Idempotent | Resend::Repeatable => deadline.min(Instant::now() + timeout / READ_ATTEMPTS),
                 Resend::IfNotApplied => deadline,
             };
             let failure = match self.attempt(&address, request.clone(), attempt_deadline).await {
@@ -198,13 +203,7 @@ impl Shared {
             () = self.closed.cancelled() => return Err(Failure::Closed { sent: !gate.close() }),
         };
         match answer {
-            Ok(reply) => {
-                let header = R::header(&reply).copied().unwrap_or_default();
-                match self.state.lock().topology.answered(address, &header, started.elapsed()) {
-                    Ok(()) => Ok(reply),
-                    Err(foreign) => Err(Failure::Foreign(foreign.0)),
-                }
-            }
+            Ok(reply) => self.vouch(address, R::header(&reply), started.elapsed()).map(|()| reply),
             Err(status) => {
                 let failure = classify(status, &gate, started.elapsed());
                 if matches!(failure, Failure::NotSent(_) | Failure::Lost(_)) {
@@ -213,6 +212,18 @@ impl Shared {
                 Err(failure)
             }
         }
+    }
+
+    /// Takes note of an answer, and checks that it comes from this cluster.
+    pub(crate) fn vouch(
+        &self,
+        address: &Address,
+        header: Option<&v1::ResponseHeader>,
+        latency: Duration,
+    ) -> Result<(), Failure> {
+        let header = header.copied().unwrap_or_default();
+        let answered = self.state.lock().topology.answered(address, &header, latency);
+        answered.map_err(|foreign| Failure::Foreign(foreign.0))
     }
 
     /// Ends at the deadline. Until then it asks for news of the cluster as long as an answer is overdue.

@@ -70,6 +70,9 @@ impl Cause {
 pub(crate) enum Resend {
     /// It changes nothing, so always.
     Idempotent,
+    /// It changes the store, but no more by being applied again: under a session, or by its nature. So always, and what
+    /// became of it is told as of a write.
+    Repeatable,
     /// It changes the store, so only if it was certainly not applied.
     IfNotApplied,
 }
