@@ -32,8 +32,11 @@ pub(crate) struct Store {
 pub(crate) struct Session {
     acknowledged_through: u64,
     /// By sequence: the request, and its encoded answer.
-    answers: BTreeMap<u64, (Vec<u8>, Result<Vec<u8>, DetailedStatus>)>,
+    answers: BTreeMap<u64, (Vec<u8>, Kept)>,
 }
+
+/// An encoded answer, or the refusal.
+type Kept = Result<Vec<u8>, DetailedStatus>;
 
 pub(crate) fn refused(code: ErrorCode) -> DetailedStatus {
     refusal(code, v1::Outcome::NotApplied, false)
