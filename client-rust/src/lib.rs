@@ -19,6 +19,10 @@
 //! `call` makes attempts until one succeeds, `retry` says that it must not go on, or the deadline passes; `topology`
 //! picks the node of each attempt; `connection` has the channels, and `gate` proves what was not sent.
 //!
+//! A `watch` goes on by itself wherever it breaks, over the streams of `watch_link`; `snapshot_watch` puts a list before
+//! it, and `cache` keeps what both give. A `lock` and an `election` are a place in a `lock_queue`: a key under a lease
+//! that a `keeper` renews, and a watch of whoever is before.
+//!
 //! The client never depends on the server, and a language binding adds nothing to its semantics.
 
 mod cache;
@@ -42,6 +46,7 @@ mod options;
 mod range;
 mod read;
 mod retry;
+mod session;
 mod snapshot_watch;
 mod stats;
 mod topology;
