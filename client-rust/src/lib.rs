@@ -21,6 +21,10 @@
 //! number under which it is applied once; `topology` picks the node of each attempt; `connection` has the channels, and
 //! `gate` proves what was not sent. Beside them, `keeper` keeps a lease alive, by the `clock` that counts suspended time.
 //!
+//! A `watch` goes on by itself wherever it breaks, over the streams of `watch_link`; `snapshot_watch` puts a list before
+//! it, and `cache` keeps what both give. A `lock` and an `election` are a place in a `lock_queue`: a key under a lease
+//! that a `keeper` renews, and a watch of whoever is before.
+//!
 //! The client never depends on the server, and a language binding adds nothing to its semantics.
 
 mod cache;
