@@ -38,10 +38,11 @@ struct Sample {
 impl History {
     pub(super) fn start(kv: Arc<KvStateMachine>, tasks: &mut JoinSet<()>) -> Arc<Self> {
         let history = Arc::new(Self { samples: Mutex::default() });
+        // In this order: no revision is between what is sampled and what is followed.
+        let mut revisions = kv.revisions();
         history.take(&kv);
         let sampler = history.clone();
         tasks.spawn(async move {
-            let mut revisions = kv.revisions();
             while revisions.changed().await.is_ok() {
                 sampler.take(&kv);
                 tokio::time::sleep(HISTORY_SAMPLE_PAUSE).await;
