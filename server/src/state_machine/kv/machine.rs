@@ -28,7 +28,7 @@ use crate::storage::{LogPosition, StorageError};
 /// The state machine of the product. Readers never wait for `apply`, nor it for them.
 pub struct KvStateMachine {
     /// The store after the last entry applied, replaced as a whole.
-    current: ArcSwap<Store>,
+    current: Arc<ArcSwap<Store>>,
     /// Held by the one who applies: `current` is read, changed and replaced as one step.
     applying: Mutex<()>,
     versions: Arc<VersionStore>,
@@ -75,7 +75,7 @@ impl KvStateMachine {
         let (revision, _) = watch::channel(store.revision());
         let (due, _) = watch::channel(store.due());
         let recent = Recent::after(store.revision());
-        let current = ArcSwap::from_pointee(store);
+        let current = Arc::new(ArcSwap::from_pointee(store));
         let (applying, expired) = (Mutex::new(()), AtomicU64::new(0));
         Ok(Self { current, applying, versions: Arc::new(versions), recent, revision, due, expired })
     }
@@ -101,7 +101,7 @@ impl KvStateMachine {
         } else if revision < minimum {
             Err(KvError::Compacted { requested: revision, minimum })
         } else {
-            Ok(ReadPoint::Past(PastRevision::new(Arc::clone(&self.versions), revision)))
+            Ok(ReadPoint::Past(PastRevision::new(Arc::clone(&self.versions), Arc::clone(&self.current), revision)))
         }
     }
 
