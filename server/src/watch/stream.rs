@@ -150,6 +150,9 @@ impl Watch {
             Next::Nothing => {
                 self.state = State::Following;
                 self.cursor = cursor;
+                if waits && cursor > told {
+                    hub.wants_bookmark();
+                }
                 if waits { Poll::Pending } else { Poll::Ready(self.bookmark()) }
             }
             Next::Behind => self.catch_up(context),
