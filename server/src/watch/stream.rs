@@ -188,7 +188,7 @@ impl Watch {
         self.cursor = self.cursor.max(through);
         let Some(delivery) = delivery.map(Into::into) else { return self.bookmark() };
         self.told = self.told.max(delivery.last_revision());
-        self.hub.metrics.watch_events(delivery.len());
+        self.hub.metrics.watch_events(delivery.event_count());
         Some(Update::Events(delivery))
     }
 
