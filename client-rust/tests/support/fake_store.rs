@@ -210,6 +210,9 @@ pub(crate) struct Break {
     pub(crate) how: How,
 }
 
+/// What somebody else does meanwhile.
+pub(crate) type Interference = Box<dyn FnOnce(&FakeStore) + Send>;
+
 /// How a node behaves; a test changes it while it runs.
 pub(crate) struct Script {
     pub(crate) header: v1::ResponseHeader,
@@ -228,7 +231,7 @@ pub(crate) struct Script {
     /// Keys of a page.
     pub(crate) page_keys: usize,
     /// Done once, right after the last page of a list was read: what happens between list and watch.
-    pub(crate) after_list: Option<Box<dyn FnOnce(&FakeStore) + Send>>,
+    pub(crate) after_list: Option<Interference>,
     /// Renewals are not answered.
     pub(crate) deaf: bool,
     /// Watches are taken and not answered.
