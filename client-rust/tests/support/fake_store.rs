@@ -242,6 +242,8 @@ pub(crate) struct Script {
     pub(crate) creates: Vec<v1::WatchCreate>,
     pub(crate) cancels: usize,
     pub(crate) lists: usize,
+    /// The lowest revision that each list asked for.
+    pub(crate) min_revisions: Vec<u64>,
     /// Events sent, repetitions included.
     pub(crate) sent: usize,
 }
@@ -294,6 +296,7 @@ impl StoreNode {
             creates: Vec::new(),
             cancels: 0,
             lists: 0,
+            min_revisions: Vec::new(),
             sent: 0,
         }));
         let service = Service { store: store.clone(), script: Arc::clone(&script) };
@@ -404,6 +407,9 @@ impl Service {
     fn page(&self, request: &v1::RangeRequest) -> Result<v1::RangeResponse, Status> {
         let read = request.read.unwrap_or_default();
         let applied = self.applied();
+        if read.revision == 0 {
+            self.script.lock().min_revisions.push(read.min_revision);
+        }
         if read.min_revision > applied {
             return Err(refusal(ErrorCode::Behind, applied).into());
         }
