@@ -154,6 +154,10 @@ pub const WATCH_READS_PER_LANE_MAX: usize = 2;
 /// How often an idle watch is told how far the store has come.
 pub const WATCH_BOOKMARK_PERIOD: Duration = Duration::from_secs(5);
 
+/// How long watches stay on a node that knows no leader. Longer than an election, so that only a node that is cut off,
+/// or a cluster without a quorum, sends its watches away.
+pub const WATCH_WITHOUT_LEADER_MAX: Duration = Duration::from_secs(5);
+
 /// Connections to the monitoring port at the same time.
 pub const MONITORING_CONNECTIONS_MAX: usize = 64;
 

@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::error::{explain, status};
 use crate::engine::{Engine, EngineError};
-use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, WATCHES_PER_STREAM_MAX};
+use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, WATCH_WITHOUT_LEADER_MAX, WATCHES_PER_STREAM_MAX};
 use crate::watch::{Delivery, Lane, Update, Watch, WatchError};
 
 const METHOD: &str = "/d_engine.v1.Watch/Watch";
@@ -168,18 +168,23 @@ struct Session {
     ids: HashMap<u64, AbortHandle>,
     watches: SelectAll<Abortable<Sending>>,
     lane: Lane,
-    stopped: Pin<Box<dyn Future<Output = ()> + Send>>,
+    /// Ready when this node can no longer serve any watch.
+    over: Pin<Box<dyn Future<Output = WatchError> + Send>>,
     ended: bool,
 }
 
 impl Session {
     fn new(engine: Engine, requests: Streaming<v1::WatchRequest>) -> Result<Self, Status> {
-        let stopped = match engine.watches() {
-            Some(hub) => Box::pin(hub.stopped()),
-            None => return Err(stream_error(WatchError::Disabled)),
-        };
+        let Some(hub) = engine.watches() else { return Err(stream_error(WatchError::Disabled)) };
+        let (stopped, cut_off) = (hub.stopped(), cut_off(engine.clone()));
+        let over = Box::pin(async move {
+            tokio::select! {
+                () = stopped => WatchError::Stopping,
+                () = cut_off => WatchError::CutOff,
+            }
+        });
         let (ids, watches, lane) = (HashMap::new(), SelectAll::new(), Lane::default());
-        Ok(Self { engine, requests, open: true, ids, watches, lane, stopped, ended: false })
+        Ok(Self { engine, requests, open: true, ids, watches, lane, over, ended: false })
     }
 
     /// The answer to a request, if it has one.
@@ -235,8 +240,8 @@ impl Stream for Session {
         if this.ended {
             return Poll::Ready(None);
         }
-        if this.stopped.as_mut().poll(context).is_ready() {
-            return this.end(stream_error(WatchError::Stopping));
+        if let Poll::Ready(error) = this.over.as_mut().poll(context) {
+            return this.end(stream_error(error));
         }
         while this.open {
             match this.requests.poll_next_unpin(context) {
@@ -310,6 +315,21 @@ impl Stream for Sending {
             return Poll::Ready(Some(sent));
         }
     }
+}
+
+/// Ready once this node has known no leader for [`WATCH_WITHOUT_LEADER_MAX`]. A watch on it would be silent, for all its
+/// client can see, while a majority may go on without this node.
+async fn cut_off(engine: Engine) {
+    let mut leader = engine.consensus().leader_changes();
+    // An end of the channel is the end of the node, which has its own error.
+    while leader.wait_for(Option::is_none).await.is_ok() {
+        match tokio::time::timeout(WATCH_WITHOUT_LEADER_MAX, leader.wait_for(Option::is_some)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => break,
+            Err(_) => return,
+        }
+    }
+    future::pending().await
 }
 
 fn stream_error(error: WatchError) -> Status {

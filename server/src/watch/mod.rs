@@ -60,6 +60,9 @@ pub enum WatchError {
     /// The node is stopping.
     #[error("the node is stopping: watch on another one")]
     Stopping,
+    /// The node may be cut off from a cluster that goes on without it.
+    #[error("the node has known no leader for a while: watch on another one")]
+    CutOff,
     /// The history cannot be read.
     #[error("{0}")]
     Storage(Arc<StorageError>),
@@ -90,7 +93,7 @@ impl WatchError {
             Self::NothingLeft => ErrorCode::InvalidArgument,
             Self::TooMany { .. } => ErrorCode::ResourceExhausted,
             Self::Disabled => ErrorCode::FailedPrecondition,
-            Self::Stopping => ErrorCode::Unavailable,
+            Self::Stopping | Self::CutOff => ErrorCode::Unavailable,
             Self::Storage(_) => ErrorCode::Internal,
         }
     }

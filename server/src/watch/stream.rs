@@ -131,13 +131,13 @@ impl Watch {
 
     /// Looks into the window of the group, and where it begins too late, into memory. Ready with nothing: look again.
     fn look(&mut self, context: &mut Context<'_>) -> Poll<Option<Update>> {
-        // Before the window, which then holds everything up to it.
-        let dispatched = self.hub.dispatched();
         let (hub, used, told) = (&self.hub, self.bookmark, self.told);
-        let cursor = self.cursor.max(dispatched);
+        let mut cursor = self.cursor;
         let mut waits = false;
         let next = self.group.next(self.cursor, self.number, || {
-            // Looked at while nobody can be woken: what happens later wakes.
+            // All of it is looked at while nobody can be woken: what happens later wakes. What is dispatched by now and
+            // concerns this group was put into the window before, which has nothing.
+            cursor = cursor.max(hub.dispatched());
             waits = !hub.is_stopping() && (hub.bookmarks() == used || cursor <= told);
             waits.then(|| context.waker().clone())
         });
