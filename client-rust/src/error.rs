@@ -38,6 +38,18 @@ pub enum ErrorKind {
     Unsupported,
     /// The node met a fault of its own and stopped serving.
     Internal,
+    /// The lease does not exist: it has expired, was revoked, or was never granted.
+    LeaseNotFound,
+    /// A lease with the id asked for exists already.
+    LeaseExists,
+    /// The client's session ended before the call was answered. It surfaces only if the call may have been sent before:
+    /// otherwise the client goes on under a new session.
+    SessionExpired,
+    /// The call was answered before, and the answer is no longer kept, or was too large to be. [`Error::outcome`] says
+    /// what is known of it.
+    AlreadyAcknowledged,
+    /// The operation was given up on request.
+    Cancelled,
     /// The client was closed.
     Closed,
     /// The server sent an error code that this version of the client does not know.
@@ -60,6 +72,11 @@ impl ErrorKind {
             Self::WrongCluster => ErrorCode::WrongCluster,
             Self::Unsupported => ErrorCode::Unsupported,
             Self::Internal => ErrorCode::Internal,
+            Self::LeaseNotFound => ErrorCode::LeaseNotFound,
+            Self::LeaseExists => ErrorCode::LeaseExists,
+            Self::SessionExpired => ErrorCode::SessionExpired,
+            Self::AlreadyAcknowledged => ErrorCode::AlreadyAcknowledged,
+            Self::Cancelled => ErrorCode::Cancelled,
             Self::Closed | Self::Unrecognized => return None,
         })
     }
@@ -101,6 +118,11 @@ impl From<Option<ErrorCode>> for ErrorKind {
             Some(ErrorCode::WrongCluster) => Self::WrongCluster,
             Some(ErrorCode::Unsupported) => Self::Unsupported,
             Some(ErrorCode::Internal) => Self::Internal,
+            Some(ErrorCode::LeaseNotFound) => Self::LeaseNotFound,
+            Some(ErrorCode::LeaseExists) => Self::LeaseExists,
+            Some(ErrorCode::SessionExpired) => Self::SessionExpired,
+            Some(ErrorCode::AlreadyAcknowledged) => Self::AlreadyAcknowledged,
+            Some(ErrorCode::Cancelled) => Self::Cancelled,
             _ => Self::Unrecognized,
         }
     }
@@ -172,6 +194,25 @@ impl Error {
 
     pub(crate) fn invalid(operation: &'static str, message: impl Into<String>) -> Self {
         Self::new(operation, ErrorKind::InvalidArgument, Outcome::NotApplied, message)
+    }
+
+    pub(crate) fn closed(operation: &'static str) -> Self {
+        Self::new(operation, ErrorKind::Closed, Outcome::NotApplied, "the client was closed")
+    }
+
+    /// The same, of an operation that needed this one for something.
+    pub(crate) fn of(mut self, operation: &'static str, need: &str) -> Self {
+        self.0.message = format!("{need}: {}", self.0.message);
+        self.0.operation = operation;
+        self
+    }
+
+    /// The same, of a call that was sent before and may have been applied then.
+    pub(crate) fn in_doubt(mut self) -> Self {
+        if self.0.outcome == Outcome::NotApplied {
+            self.0.outcome = Outcome::Unknown;
+        }
+        self
     }
 
     pub(crate) fn at(mut self, endpoint: &str) -> Self {

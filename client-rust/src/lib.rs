@@ -23,15 +23,21 @@
 
 mod call;
 mod client;
+mod clock;
 mod cluster;
 mod connection;
 mod error;
 mod gate;
+mod keeper;
 mod kv;
+mod lease;
+mod maintenance;
+mod namespace;
 mod options;
 mod range;
 mod read;
 mod retry;
+mod session;
 mod stats;
 mod topology;
 mod txn;
@@ -41,7 +47,13 @@ mod write;
 pub use client::Client;
 pub use cluster::{Header, Leader, Member, MemberRole, Members, NodeRole, NodeStatus};
 pub use error::{Error, ErrorKind, Outcome};
+pub use keeper::{KeepLease, LeaseKeeper, LeaseState};
 pub use kv::{IntoBytes, KeyRange, KeyValue};
+pub use lease::{
+    GrantLease, LeaseGrantResponse, LeasePages, LeaseRenewResponse, LeaseRevokeResponse, LeaseSummary, LeaseTimeToLive,
+    LeaseTimeToLiveResponse, Leases, LeasesResponse, RenewLease, RevokeLease,
+};
+pub use maintenance::{Compact, CompactResponse};
 pub use options::ClientBuilder;
 pub use range::{Pages, Range, RangeResponse};
 pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};
