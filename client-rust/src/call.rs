@@ -24,7 +24,7 @@ use crate::wire::Unary;
 
 /// Bytes of an answer; what is larger is refused instead of filling the memory. As much as generated stubs of every
 /// language accept, with a margin for what an answer has besides keys and values.
-const REPLY_BYTES_MAX: usize = 4 << 20;
+pub(crate) const REPLY_BYTES_MAX: usize = 4 << 20;
 const _: () = assert!(limits::ANSWER_BYTES_MAX + (64 << 10) <= REPLY_BYTES_MAX as u64);
 /// An attempt that takes longer makes the client ask whether somebody else leads by now. A node is not backed off for
 /// having less time than this.
@@ -408,6 +408,19 @@ fn classify(status: tonic::Status, gate: &Gate, after: Duration) -> Failure {
     if !sent {
         return Failure::NotSent(Cause::of_status(status));
     }
+    broken(status)
+}
+
+/// What the end of a stream says for certain.
+pub(crate) fn stream_failure(status: tonic::Status) -> Failure {
+    match DetailedStatus::from_status(&status) {
+        Some(detailed) => Failure::Refused(Box::new(detailed)),
+        None => broken(status),
+    }
+}
+
+/// What a status says that no d-engine server wrote, of a request that was sent.
+fn broken(status: tonic::Status) -> Failure {
     match status.code() {
         // Nobody executes a method he does not have.
         tonic::Code::Unimplemented => {

@@ -21,6 +21,7 @@ use crate::retry::{Budget, Failure, backoff};
 use crate::session::Sessions;
 use crate::stats::{Counters, Stats};
 use crate::topology::{Address, Topology};
+use crate::watch_link::Links;
 
 /// How old the member list may grow while all is well.
 const REFRESH_PERIOD: Duration = Duration::from_secs(30);
@@ -62,6 +63,7 @@ pub(crate) struct Shared {
     pub(crate) state: Mutex<State>,
     pub(crate) connections: Connections,
     pub(crate) sessions: Sessions,
+    pub(crate) links: Links,
     /// Wakes calls that wait for a node to be available.
     pub(crate) changed: Notify,
     /// Asks for fresh members.
@@ -86,6 +88,7 @@ impl Client {
     pub(crate) fn start(seeds: Vec<Address>, options: Options, runtime: &Handle) -> Self {
         let shared = Arc::new(Shared {
             connections: Connections::new(options.connect_timeout),
+            links: Links::default(),
             options,
             sessions: Sessions::default(),
             runtime: runtime.clone(),

@@ -14,7 +14,7 @@ use crate::cluster::Leader;
 use crate::error::{Error, ErrorKind, Outcome};
 
 /// How one attempt failed, told by what is certain about the request.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Failure {
     /// Not a byte of the request's message left this process, nor will one.
     NotSent(Cause),
