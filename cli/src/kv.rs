@@ -46,6 +46,12 @@ pub(crate) struct PutArgs {
     key: String,
     #[command(flatten)]
     value: ValueArgs,
+    /// Delete the key after this time, unless it is written again
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    ttl: Option<Duration>,
+    /// Attach the key to a lease, and delete it when that ends
+    #[arg(long, value_name = "ID", value_parser = lease_id, conflicts_with = "ttl")]
+    lease: Option<LeaseId>,
     /// Show what the key held before
     #[arg(long)]
     prev: bool,
@@ -58,6 +64,9 @@ pub(crate) struct GetArgs {
     /// Read as of this past revision
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     revision: u64,
+    /// Show every version that is kept, from the oldest on
+    #[arg(long, conflicts_with_all = ["revision", "raw"])]
+    history: bool,
     /// Print the value alone, byte for byte
     #[arg(long, conflicts_with = "output")]
     raw: bool,
@@ -159,10 +168,17 @@ async fn put(put: PutArgs, args: &ClientArgs) -> Result<(), Failure> {
     if put.prev {
         request = request.return_previous();
     }
+    if let Some(ttl) = put.ttl {
+        request = request.ttl(ttl);
+    }
+    if let Some(lease) = put.lease {
+        request = request.lease(lease);
+    }
     let answer = request.await?;
     match args.output {
         Layout::Json => output::json(&json!({
             "header": HeaderJson::from(answer.header),
+            "lease": answer.lease.map(|lease| lease.get()),
             "previous": answer.previous.as_ref().map(KeyValueJson::from),
         })),
         Layout::Table => {

@@ -4,15 +4,22 @@
 //! an exit code. Nothing here decides anything about the cluster: that is the client's or the server's part.
 
 mod args;
+mod change;
+mod compact;
 mod encoding;
 mod failure;
+mod guarded;
 mod kv;
+mod lease;
+mod lock;
 mod logging;
 mod member;
 mod output;
 mod server;
+mod signals;
 mod status;
 mod txn;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -28,13 +35,13 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 fn main() -> ExitCode {
     let Cli { client, command } = Cli::parse();
     match run(command, &client) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => failure.report(),
     }
 }
 
-fn run(command: Command, args: &ClientArgs) -> Result<(), Failure> {
-    match command {
+fn run(command: Command, args: &ClientArgs) -> Result<ExitCode, Failure> {
+    let done = match command {
         Command::Server(server) => server::run(&server),
         Command::Completion { shell } => {
             let mut script = Vec::new();
@@ -42,13 +49,19 @@ fn run(command: Command, args: &ClientArgs) -> Result<(), Failure> {
             output::bytes(&script)
         }
         Command::Kv(command) => block_on(kv::run(command, args)),
+        Command::Watch(watch) => block_on(watch::run(watch, args)),
+        Command::Lease(command) => block_on(lease::run(command, args)),
+        Command::Lock(lock) => return block_on(lock::lock(lock, args)),
+        Command::Elect(elect) => return block_on(lock::elect(elect, args)),
+        Command::Compact(compact) => block_on(compact::run(compact, args)),
         Command::Status => block_on(status::run(args)),
         Command::Member(command) => block_on(member::run(command, args)),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// Runs a command that talks to a cluster, on this thread.
-fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let _logging = logging::start(LogFormat::Text, "warn", None)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
