@@ -522,28 +522,13 @@ async fn list_again(client: &Client, list: &SnapshotWatchCall, seen: Revision) -
             Ok(snapshot) => return Ok(snapshot),
             Err(error) => error,
         };
-        if !passes(error.kind()) {
+        if !error.kind().may_pass() {
             return Err(error);
         }
         let pause = backoff(retries, &mut client.shared().state.lock().rng);
         retries += 1;
         tokio::time::sleep(pause).await;
     }
-}
-
-/// Whether what keeps a list from being read may be over with time.
-fn passes(kind: ErrorKind) -> bool {
-    use ErrorKind as Kind;
-    matches!(
-        kind,
-        Kind::NotLeader
-            | Kind::Unavailable
-            | Kind::DeadlineExceeded
-            | Kind::ResourceExhausted
-            | Kind::Compacted
-            | Kind::Behind
-            | Kind::Internal
-    )
 }
 
 fn closed() -> Error {

@@ -81,6 +81,32 @@ impl ErrorKind {
         })
     }
 
+    /// Whether what keeps a read from being served may be over with time, so that it is worth to go on trying.
+    pub(crate) fn may_pass(self) -> bool {
+        match self {
+            Self::NotLeader
+            | Self::Unavailable
+            | Self::DeadlineExceeded
+            | Self::ResourceExhausted
+            | Self::Compacted
+            | Self::Behind
+            | Self::LeadershipLost
+            | Self::Internal => true,
+            Self::InvalidArgument
+            | Self::FutureRevision
+            | Self::FailedPrecondition
+            | Self::WrongCluster
+            | Self::Unsupported
+            | Self::LeaseNotFound
+            | Self::LeaseExists
+            | Self::SessionExpired
+            | Self::AlreadyAcknowledged
+            | Self::Cancelled
+            | Self::Closed
+            | Self::Unrecognized => false,
+        }
+    }
+
     /// The name, the same in every language.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -27,12 +27,15 @@ mod client;
 mod clock;
 mod cluster;
 mod connection;
+mod election;
 mod error;
 mod fencing;
 mod gate;
 mod keeper;
 mod kv;
 mod lease;
+mod lock;
+mod lock_queue;
 mod maintenance;
 mod namespace;
 mod options;
@@ -52,6 +55,7 @@ mod write;
 pub use cache::{Cache, CacheCall, CacheChange, CacheChanges, CacheState, CacheView};
 pub use client::Client;
 pub use cluster::{Header, Leader, Member, MemberRole, Members, NodeRole, NodeStatus};
+pub use election::{Election, ElectionLeader, ElectionObserver, Leadership};
 pub use error::{Error, ErrorKind, Outcome};
 pub use fencing::{FencingToken, InvalidFencingToken};
 pub use keeper::{KeepLease, LeaseKeeper, LeaseState};
@@ -60,6 +64,7 @@ pub use lease::{
     GrantLease, LeaseGrantResponse, LeasePages, LeaseRenewResponse, LeaseRevokeResponse, LeaseSummary, LeaseTimeToLive,
     LeaseTimeToLiveResponse, Leases, LeasesResponse, RenewLease, RevokeLease,
 };
+pub use lock::{Lock, LockGuard};
 pub use maintenance::{Compact, CompactResponse};
 pub use options::ClientBuilder;
 pub use range::{Pages, Range, RangeResponse};

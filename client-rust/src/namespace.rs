@@ -148,7 +148,7 @@ macro_rules! with_an_interval {
     )*};
 }
 
-with_an_interval!(RangeRequest, DeleteRangeRequest);
+with_an_interval!(RangeRequest, DeleteRangeRequest, WatchCreate);
 
 impl Enter for v1::TxnRequest {
     fn enter(&mut self, namespace: &Namespace) -> Result<(), EmptyKey> {
@@ -204,6 +204,14 @@ impl Leave for v1::TxnResponse {
                 Answer::DeleteRange(delete) => delete.leave(namespace),
                 Answer::Txn(txn) => txn.leave(namespace),
             }
+        }
+    }
+}
+
+impl Leave for v1::WatchEvents {
+    fn leave(&mut self, namespace: &Namespace) {
+        for event in &mut self.events {
+            namespace.leave_kvs(event.kv.iter_mut().chain(&mut event.previous));
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::call::Unchosen;
 use crate::client::Client;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::kv::{IntoBytes, KeyRange, KeyValue};
+use crate::namespace::Enter as _;
 use crate::options::bounded;
 use crate::retry::{Cause, Failure, Resend, backoff};
 use crate::topology::{Address, Route};
@@ -166,7 +167,9 @@ impl IntoFuture for Watch {
     fn into_future(self) -> Self::IntoFuture {
         async move {
             let timeout = bounded(self.timeout);
-            let mut resumable = Resumable::new(self.client, self.create);
+            let mut create = self.create;
+            create.enter(self.client.space()).map_err(|error| Error::invalid(OPERATION, error.to_string()))?;
+            let mut resumable = Resumable::new(self.client, create);
             resumable.creation = CREATION.min(timeout / OPENING_ATTEMPTS);
             let cursor = match tokio::time::timeout(timeout, resumable.open()).await {
                 Ok(cursor) => cursor?,
@@ -366,18 +369,16 @@ impl Resumable {
             },
         };
         self.create.from_revision = self.cursor.map_or(0, |cursor| cursor.next().get());
-        let subscription = shared.links.subscribe(shared, &address, self.create.clone());
+        let subscription = shared.links.subscribe(shared, &address, self.create.clone(), self.client.space());
         self.active = Some(Active { address, subscription, begun: Instant::now(), created: false });
         Ok(())
     }
 
     fn created(&mut self, created: &v1::WatchCreated) -> Result<Step, Error> {
         let Some(active) = &mut self.active else { return Ok(Step::Again) };
-        let header = created.header.unwrap_or_default();
-        let answered =
-            self.client.shared().state.lock().topology.answered(&active.address, &header, active.begun.elapsed());
-        if let Err(foreign) = answered {
-            return self.failed(Failure::Foreign(foreign.0));
+        let shared = self.client.shared();
+        if let Err(failure) = shared.vouch(&active.address, created.header.as_ref(), active.begun.elapsed()) {
+            return self.failed(failure);
         }
         let asked = self.create.from_revision;
         if created.from_revision == 0 || (asked != 0 && created.from_revision != asked) {

@@ -22,6 +22,7 @@ use tonic_prost::ProstCodec;
 use crate::call::{REPLY_BYTES_MAX, stream_failure};
 use crate::client::Shared;
 use crate::kv::KeyValue;
+use crate::namespace::{Leave as _, Namespace};
 use crate::retry::{Cause, Failure};
 use crate::topology::Address;
 use crate::watch::{WatchEvent, WatchUpdate};
@@ -44,17 +45,23 @@ impl Links {
         working.find(|(address, _)| !tried.contains(address)).map(|(address, _)| address.clone())
     }
 
-    /// Begins a watch on the node at `address`.
-    pub(crate) fn subscribe(&self, shared: &Arc<Shared>, address: &Address, create: v1::WatchCreate) -> Subscription {
+    /// Begins a watch on the node at `address`. Its keys leave `space`.
+    pub(crate) fn subscribe(
+        &self,
+        shared: &Arc<Shared>,
+        address: &Address,
+        create: v1::WatchCreate,
+        space: &Namespace,
+    ) -> Subscription {
         let mut links = self.0.lock();
         if let Some(link) = links.get(address) {
             let mut state = link.state.lock();
             if state.phase != Phase::Ended {
-                return state.add(link, create);
+                return state.add(link, create, space);
             }
         }
         let link = Arc::new(Link::default());
-        let subscription = link.state.lock().add(&link, create);
+        let subscription = link.state.lock().add(&link, create, space);
         links.insert(address.clone(), Arc::clone(&link));
         shared.runtime.spawn(run(Arc::clone(shared), address.clone(), link));
         subscription
@@ -97,10 +104,10 @@ enum Phase {
 }
 
 impl LinkState {
-    fn add(&mut self, link: &Arc<Link>, create: v1::WatchCreate) -> Subscription {
+    fn add(&mut self, link: &Arc<Link>, create: v1::WatchCreate, space: &Namespace) -> Subscription {
         self.next_id += 1;
         let id = self.next_id;
-        let mailbox = Arc::new(Mailbox::default());
+        let mailbox = Arc::new(Mailbox::new(space));
         self.watches.insert(id, Arc::clone(&mailbox));
         self.request(link, id, v1::watch_request::Action::Create(create));
         Subscription { link: Arc::clone(link), id, mailbox }
@@ -260,8 +267,8 @@ impl Drop for Subscription {
 }
 
 /// What waits for the reader of one watch.
-#[derive(Default)]
 struct Mailbox {
+    space: Namespace,
     mail: Mutex<Mail>,
     /// Wakes the reader.
     news: Notify,
@@ -280,6 +287,10 @@ struct Mail {
 }
 
 impl Mailbox {
+    fn new(space: &Namespace) -> Self {
+        Self { space: space.clone(), mail: Mutex::default(), news: Notify::new() }
+    }
+
     fn accept(&self, kind: Kind) -> Result<(), Ending> {
         let mut mail = self.mail.lock();
         let update = match (kind, &mut mail.assembler) {
@@ -289,7 +300,10 @@ impl Mailbox {
                 self.news.notify_one();
                 return Ok(());
             }
-            (Kind::Events(events), Some(assembler)) => assembler.events(events),
+            (Kind::Events(mut events), Some(assembler)) => {
+                events.leave(&self.space);
+                assembler.events(events)
+            }
             (Kind::Bookmark(bookmark), Some(assembler)) => assembler.bookmark(Revision(bookmark.revision)),
             _ => Err("answers of a watch in the wrong order"),
         };

@@ -82,7 +82,7 @@ fn big(revision: u64) -> Kind {
 
 #[test]
 fn a_full_mailbox_ends_after_what_it_holds() {
-    let mailbox = Mailbox::default();
+    let mailbox = Mailbox::new(&Namespace::default());
     mailbox.accept(created(1)).unwrap();
     let mut revision = 1;
     let ending = loop {
@@ -105,7 +105,7 @@ fn a_full_mailbox_ends_after_what_it_holds() {
 
 #[test]
 fn one_update_is_taken_whatever_its_size_and_bookmarks_take_no_room() {
-    let mailbox = Mailbox::default();
+    let mailbox = Mailbox::new(&Namespace::default());
     mailbox.accept(created(1)).unwrap();
     let giant: Vec<_> = (0..5).map(|_| big(1)).collect();
     for (part, kind) in giant.into_iter().enumerate() {
@@ -124,7 +124,7 @@ fn one_update_is_taken_whatever_its_size_and_bookmarks_take_no_room() {
 
 #[test]
 fn a_watch_without_a_creation_is_no_watch() {
-    let mailbox = Mailbox::default();
+    let mailbox = Mailbox::new(&Namespace::default());
     assert!(matches!(mailbox.accept(big(1)), Err(Ending::Failed(Failure::Lost(_)))));
     mailbox.accept(created(1)).unwrap();
     assert!(matches!(mailbox.accept(created(1)), Err(Ending::Failed(Failure::Lost(_)))));
@@ -139,7 +139,7 @@ fn requests(link: &Link) -> Vec<(u64, bool)> {
 #[tokio::test]
 async fn what_was_not_sent_yet_is_taken_back_and_what_was_is_cancelled() {
     let link = Arc::new(Link::default());
-    let add = || link.state.lock().add(&link, v1::WatchCreate::default());
+    let add = || link.state.lock().add(&link, v1::WatchCreate::default(), &Namespace::default());
     let (first, second, _third) = (add(), add(), add());
     assert_eq!(link.next_request().await.watch_id, 1);
     drop(first);
@@ -151,7 +151,7 @@ async fn what_was_not_sent_yet_is_taken_back_and_what_was_is_cancelled() {
 #[test]
 fn a_link_ends_with_its_last_watch() {
     let link = Arc::new(Link::default());
-    let only = link.state.lock().add(&link, v1::WatchCreate::default());
+    let only = link.state.lock().add(&link, v1::WatchCreate::default(), &Namespace::default());
     drop(only);
     assert_eq!(link.state.lock().phase, Phase::Ended);
 }
