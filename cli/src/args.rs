@@ -67,7 +67,7 @@ pub(crate) enum Layout {
     /// Columns for people
     #[default]
     Table,
-    /// One JSON document for programs
+    /// JSON for programs: one document, or one a line where output goes on
     Json,
 }
 

@@ -2,13 +2,16 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
-use d_engine_client::{Client, KeyRange, KeyValue, Revision};
+use d_engine_client::{Client, KeyRange, KeyValue, LeaseId, Revision};
 use serde_json::json;
 
-use crate::args::{ClientArgs, Layout};
+use crate::args::{ClientArgs, Layout, duration};
 use crate::failure::Failure;
+use crate::history;
+use crate::lease::lease_id;
 use crate::output::{self, HeaderJson, KeyValueJson};
 use crate::txn::{self, TxnArgs};
 
@@ -190,6 +193,9 @@ async fn put(put: PutArgs, args: &ClientArgs) -> Result<(), Failure> {
 
 async fn get(get: GetArgs, args: &ClientArgs) -> Result<(), Failure> {
     let key = args.encoding.decode(&get.key)?;
+    if get.history {
+        return history::show(&key, args).await;
+    }
     let request = args.client()?.get(&key).revision(Revision(get.revision)).min_revision(args.min_revision());
     let answer = request.await?;
     match &answer.kv {

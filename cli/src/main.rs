@@ -9,6 +9,7 @@ mod compact;
 mod encoding;
 mod failure;
 mod guarded;
+mod history;
 mod kv;
 mod lease;
 mod lock;
