@@ -17,12 +17,15 @@ const LATENCY_US_MAX: u64 = 60_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
     Put,
+    /// As a client without exactly-once puts.
+    PutWithoutSession,
     Get(Consistency),
 }
 
 impl Operation {
-    pub(crate) const ALL: [Self; 4] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::Put,
+        Self::PutWithoutSession,
         Self::Get(Consistency::Linearizable),
         Self::Get(Consistency::Lease),
         Self::Get(Consistency::Eventual),
@@ -31,6 +34,7 @@ impl Operation {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Put => "put",
+            Self::PutWithoutSession => "put, no session",
             Self::Get(Consistency::Linearizable) => "linearizable get",
             Self::Get(Consistency::Lease) => "lease get",
             Self::Get(_) => "eventual get",
@@ -93,7 +97,7 @@ async fn call_until(end: Instant, client: Client, operation: Operation, errors: 
         let key = format!("{:08}", fastrand::u64(..KEYS));
         let started = Instant::now();
         let ok = match operation {
-            Operation::Put => client.put(key, value.clone()).await.is_ok(),
+            Operation::Put | Operation::PutWithoutSession => client.put(key, value.clone()).await.is_ok(),
             Operation::Get(consistency) => client.get(key).consistency(consistency).await.is_ok(),
         };
         if ok {

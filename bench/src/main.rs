@@ -1,5 +1,5 @@
 //! Measures what a user feels: throughput and latency of puts and of each kind of get, what they cost in CPU and
-//! memory, how long a fail-over and a start take.
+//! memory, what watches and leases cost, how long a fail-over and a start take.
 //!
 //! Three real server processes on loopback, which share the machine with the load. Every put is on the disks of a
 //! majority before its answer. `make figures` runs it.
@@ -9,9 +9,12 @@
     reason = "a measurement that cannot go on is worth nothing: a panic is its error message"
 )]
 
+mod churn;
 mod failover;
+mod keep_alives;
 mod load;
 mod processes;
+mod watches;
 
 use std::time::Duration;
 
@@ -40,6 +43,15 @@ struct Arguments {
     /// How often one node and three nodes are started; 0: never.
     #[arg(long, default_value_t = 10)]
     starts: u32,
+    /// Watches of one prefix, a row for each number; 0: no rows, nor one for the delay.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 10_000])]
+    watches: Vec<usize>,
+    /// Seconds of keep-alives; 0: none.
+    #[arg(long, default_value_t = 5)]
+    keep_alive_seconds: u64,
+    /// Seconds of churn with automatic compaction; 0: none.
+    #[arg(long, default_value_t = 0)]
+    churn_seconds: u64,
 }
 
 #[tokio::main]
@@ -47,6 +59,18 @@ async fn main() {
     let arguments = Arguments::parse();
     if !arguments.callers.is_empty() {
         measure_load(&arguments).await;
+    }
+    if !arguments.watches.contains(&0) {
+        measure_watches(&arguments).await;
+    }
+    if arguments.keep_alive_seconds > 0 {
+        eprintln!("keep-alives ...");
+        let figures = keep_alives::measure(Duration::from_secs(arguments.keep_alive_seconds)).await;
+        println!("{}\n", keep_alives::table(&figures));
+    }
+    if arguments.churn_seconds > 0 {
+        eprintln!("churn ...");
+        println!("{}\n", churn::run(Duration::from_secs(arguments.churn_seconds)).await);
     }
     if arguments.starts > 0 {
         let alone = failover::times_to_ready(1, arguments.starts).await;
@@ -74,16 +98,34 @@ async fn main() {
 async fn measure_load(arguments: &Arguments) {
     let cluster = Cluster::start(3).await;
     let client = Client::builder().endpoints(cluster.addresses()).connect().await.expect("the cluster is ready");
+    let builder = Client::builder().endpoints(cluster.addresses()).sessions(false);
+    let sessionless = builder.connect().await.expect("the cluster is ready");
     let mut rows = Vec::new();
     for operation in Operation::ALL {
+        let client = if operation == Operation::PutWithoutSession { &sessionless } else { &client };
         for callers in &arguments.callers {
             eprintln!("{} with {callers} callers ...", operation.name());
             let duration = Duration::from_secs(arguments.seconds);
-            rows.push(load::measure(&client, operation, *callers, duration).await);
+            rows.push(load::measure(client, operation, *callers, duration).await);
         }
     }
     println!("{}", load_table(&rows));
     println!("{} cores, 8-byte keys, 256-byte values, unary calls over one client\n", cores());
+}
+
+async fn measure_watches(arguments: &Arguments) {
+    eprintln!("delay of events ...");
+    {
+        let cluster = Cluster::start(3).await;
+        let client = Client::builder().endpoints(cluster.addresses()).connect().await.expect("the cluster is ready");
+        println!("{}\n", watches::delay_table(&watches::delays(&client).await));
+    }
+    let mut rows = Vec::new();
+    for number in &arguments.watches {
+        eprintln!("{number} watches ...");
+        rows.push(watches::fan_out(*number, Duration::from_secs(arguments.seconds)).await);
+    }
+    println!("{}\n", watches::fan_out_table(&rows));
 }
 
 fn load_table(rows: &[Figures]) -> Table {
