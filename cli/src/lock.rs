@@ -14,9 +14,6 @@ use crate::guarded::{self, End, WorkArgs, exit_code};
 use crate::output;
 use crate::signals::EndSignals;
 
-/// Time to leave the queue in, in the background, for who stops waiting.
-const FAREWELL: Duration = Duration::from_millis(300);
-
 #[derive(Debug, Args)]
 #[command(after_help = guarded::EXIT_CODES)]
 pub(crate) struct LockArgs {
@@ -107,12 +104,10 @@ fn print_leader(leader: Option<&ElectionLeader>, args: &ClientArgs) -> Result<()
 
 /// What `wait` gives, unless a signal asks for the end before.
 async fn unless_ended<T>(wait: impl Future<Output = Result<T, Error>>, signals: &mut EndSignals) -> Result<T, Failure> {
-    let signal = tokio::select! {
-        held = wait => return Ok(held?),
-        signal = signals.next() => signal,
-    };
-    tokio::time::sleep(FAREWELL).await;
-    Err(Failure::Interrupted { signal })
+    tokio::select! {
+        held = wait => Ok(held?),
+        signal = signals.next() => Err(Failure::Interrupted { signal }),
+    }
 }
 
 /// What can be held.

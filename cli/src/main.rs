@@ -23,6 +23,7 @@ mod txn;
 mod watch;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
 
@@ -68,5 +69,18 @@ fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, F
         .enable_all()
         .build()
         .map_err(Failure::io("cannot start the runtime"))?;
-    runtime.block_on(command)
+    let result = runtime.block_on(command);
+    runtime.block_on(farewell());
+    result
+}
+
+/// Gives what goes on in the background a moment to end, such as leaving a queue: the tasks of a client end with it.
+async fn farewell() {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    const PACE: Duration = Duration::from_millis(2);
+    let tasks = tokio::runtime::Handle::current().metrics();
+    let until = tokio::time::Instant::now() + PATIENCE;
+    while tasks.num_alive_tasks() > 0 && tokio::time::Instant::now() < until {
+        tokio::time::sleep(PACE).await;
+    }
 }

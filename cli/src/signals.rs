@@ -2,6 +2,8 @@
 //!
 //! A signal that was ignored when the program started, as `nohup` arranges, stays ignored.
 
+use std::task::Poll;
+
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::Failure;
@@ -27,8 +29,11 @@ impl EndSignals {
     /// The number of the next one. Dropping the future loses none.
     pub(crate) async fn next(&mut self) -> u8 {
         std::future::poll_fn(|context| {
-            let arrived = self.0.iter_mut().find(|(signal, _)| signal.poll_recv(context).is_ready());
-            arrived.map_or(std::task::Poll::Pending, |(_, number)| std::task::Poll::Ready(*number))
+            let mut arrived = self.0.iter_mut().filter_map(|(signal, number)| {
+                // Ready without a signal there is none to come any more.
+                matches!(signal.poll_recv(context), Poll::Ready(Some(()))).then_some(*number)
+            });
+            arrived.next().map_or(Poll::Pending, Poll::Ready)
         })
         .await
     }
