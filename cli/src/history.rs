@@ -54,9 +54,8 @@ async fn versions(client: &Client, key: &[u8], current: KeyValue) -> Result<Vec<
     // What the oldest revision shows may have been written before it.
     let inherited = client.get(key).revision(oldest).await;
     match inherited {
-        Ok(answer) => events.extend(
-            answer.kv.filter(|kv| kv.mod_revision < oldest).map(|kv| WatchEvent::Put { kv, previous: None }),
-        ),
+        Ok(answer) => events
+            .extend(answer.kv.filter(|kv| kv.mod_revision < oldest).map(|kv| WatchEvent::Put { kv, previous: None })),
         // Nothing was written yet; the key exists, so its first version is on its way.
         Err(error) if error.kind() == ErrorKind::FutureRevision => {}
         Err(error) => return Err(error),

@@ -138,7 +138,12 @@ async fn time_to_live(id: LeaseId, keys: bool, args: &ClientArgs) -> Result<(), 
             "keys": keys.then(|| answer.keys.iter().map(|key| KeyJson::of(key)).collect::<Vec<_>>()),
         })),
         Layout::Table => {
-            table([[id.to_string(), format!("{:?}", answer.ttl), left(answer.remaining), answer.key_count.to_string()]])?;
+            table([[
+                id.to_string(),
+                format!("{:?}", answer.ttl),
+                left(answer.remaining),
+                answer.key_count.to_string(),
+            ]])?;
             answer.keys.iter().try_for_each(|key| output::line(&args.encoding.encode(key)))
         }
     }
@@ -159,12 +164,7 @@ async fn list(args: &ClientArgs) -> Result<(), Failure> {
             output::json(&leases.iter().map(lease).collect::<Vec<_>>())
         }
         Layout::Table => table(leases.iter().map(|lease| {
-            [
-                lease.lease.to_string(),
-                format!("{:?}", lease.ttl),
-                left(lease.remaining),
-                lease.key_count.to_string(),
-            ]
+            [lease.lease.to_string(), format!("{:?}", lease.ttl), left(lease.remaining), lease.key_count.to_string()]
         })),
     }
 }

@@ -27,7 +27,10 @@ fn a_lease_takes_its_keys_along_when_it_is_revoked() {
 
     assert_eq!(server.text(&["lease", "revoke", "7"]), "lease 7 revoked, 2 keys deleted, revision 4\n");
     assert_eq!(server.text(&["kv", "range", "--keys-only"]), "c\n");
-    assert_eq!(server.text(&["lease", "revoke", &other]), format!("lease {other} revoked, 0 keys deleted, revision 4\n"));
+    assert_eq!(
+        server.text(&["lease", "revoke", &other]),
+        format!("lease {other} revoked, 0 keys deleted, revision 4\n")
+    );
     assert_eq!(server.text(&["lease", "list"]), "LEASE  TTL  LEFT  KEYS\n");
 }
 

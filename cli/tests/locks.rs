@@ -133,6 +133,19 @@ fn a_holder_that_is_told_to_end_ends_its_command_first() {
 }
 
 #[test]
+fn a_signal_that_is_ignored_stays_ignored() {
+    let server = Server::start();
+    let mut holder = server.spawn_with("--ignore-signal=HUP", &["lock", "l", "--", "sh", "-c", POLITE]);
+    assert_eq!(holder.line(), "begun");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", holder.id())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    assert_eq!(u64::from_str_radix(ignored.trim(), 16).unwrap() & 1, 1, "{status}");
+    holder.signal("TERM");
+    assert_eq!(holder.line(), "told");
+    assert_eq!(holder.code(), 0);
+}
+
+#[test]
 fn a_holder_that_was_stopped_too_long_knows_it() {
     let server = Server::start();
     let mut holder = server.spawn(&["lock", "l", "--ttl", "500ms", "--", "sh", "-c", POLITE]);

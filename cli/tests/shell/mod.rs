@@ -98,7 +98,14 @@ pub(crate) struct Running {
 impl Server {
     /// Starts a command whose output is read line by line.
     pub(crate) fn spawn(&self, arguments: &[&str]) -> Running {
-        let mut child = Command::new(PROGRAM)
+        // The tests may run where Ctrl-C is ignored.
+        self.spawn_with("--default-signal=INT", arguments)
+    }
+
+    /// Starts it with signals set by `env` as this option says.
+    pub(crate) fn spawn_with(&self, signals: &str, arguments: &[&str]) -> Running {
+        let mut child = Command::new("env")
+            .args([signals, PROGRAM])
             .args(arguments)
             .env("D_ENGINE_ENDPOINTS", &self.address)
             .stdin(Stdio::piped())
@@ -126,6 +133,11 @@ impl Running {
     /// The next line.
     pub(crate) fn line(&self) -> String {
         self.lines.recv_timeout(PATIENCE).unwrap()
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a signal by its name.

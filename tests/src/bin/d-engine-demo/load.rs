@@ -121,4 +121,3 @@ async fn read(client: Client, entries: Arc<Vec<Entry>>, tally: Arc<Tally>, numbe
         }
     }
 }
-

@@ -43,8 +43,9 @@ async fn run() -> ExitCode {
 
     let client = Client::builder().endpoints(cluster.addresses()).call_timeout(CALL_TIMEOUT).build().unwrap();
     let tally = Arc::new(Tally::default());
-    let mirror = Mirror::start(&client).await;
-    println!("two watchers mirror the store from its first revision on");
+    let leader = cluster.leader(&[]).await;
+    let mirror = Mirror::start(cluster.node(leader).address.to_string()).await;
+    println!("two watchers mirror the store from its first revision on, at node {leader}, the leader");
     let bar = bar(entries.len() as u64, "loading");
     let loading = Instant::now();
     let load = Load::start(&client, &entries, &tally, &bar);
@@ -76,7 +77,7 @@ async fn run() -> ExitCode {
     let fenced = fencing::play(&client, &cluster.addresses(), &tally).await;
     println!("stopped the holder of a lock for {:.1?}, until another one had it", fenced.takeover);
     check_nodes(&cluster, &entries, &tally).await;
-    let reflection = mirror.compare(&client, &tally).await;
+    let reflection = mirror.compare(&tally).await;
     report(&client, &tally, ready, loading, &fenced, reflection.as_ref());
     if tally.violations().is_empty() {
         return ExitCode::SUCCESS;
@@ -144,10 +145,9 @@ fn report(
     }
     let slowest = Duration::from_nanos(tally.slowest_nanos.load(Ordering::Relaxed));
     table.add_row(["slowest call".to_owned(), format!("{slowest:.1?} of {CALL_TIMEOUT:?} allowed")]);
-    if let Some(Reflection { keys, events, revision }) = mirror {
-        table.add_row(["events watched".to_owned(), format!("{events}, of every revision up to {revision}, each once")]);
-        let resumes = stats.watch_resumes;
-        table.add_row(["watches resumed elsewhere".to_owned(), resumes.to_string()]);
+    if let Some(Reflection { keys, events, revision, resumes }) = mirror {
+        let events = format!("{events}, of every revision up to {revision}; {resumes} times resumed at another node");
+        table.add_row(["events watched".to_owned(), events]);
         table.add_row(["mirror".to_owned(), format!("{keys} keys at revision {revision}, compared with the store")]);
     }
     table.add_row([

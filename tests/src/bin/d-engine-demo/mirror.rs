@@ -10,11 +10,12 @@ use d_engine_tests::wait::PATIENCE;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::tally::Tally;
+use crate::tally::{CALL_TIMEOUT, Tally};
 
 /// Both watchers, from the first revision on.
 #[derive(Debug)]
 pub(crate) struct Mirror {
+    client: Client,
     cache: Cache,
     /// Tells the validator where to stop.
     last: watch::Sender<Option<Revision>>,
@@ -27,13 +28,18 @@ pub(crate) struct Reflection {
     pub(crate) keys: usize,
     pub(crate) events: u64,
     pub(crate) revision: Revision,
+    /// How often a watch had to go on at another node.
+    pub(crate) resumes: u64,
 }
 
 impl Mirror {
-    pub(crate) async fn start(client: &Client) -> Self {
+    /// Starts both at the node of this address, so that it is known what they have to survive.
+    pub(crate) async fn start(address: String) -> Self {
+        // It knows no other node yet; and the second watch shares the stream of the first.
+        let client = Client::builder().endpoints([address]).call_timeout(CALL_TIMEOUT).build().unwrap();
+        let mut stream = client.watch_range(KeyRange::all()).from(Revision(1)).await.unwrap();
         let cache = client.cache(KeyRange::all()).await.unwrap();
         let (last, mut end) = watch::channel(None);
-        let mut stream = client.watch_range(KeyRange::all()).from(Revision(1)).await.unwrap();
         let validator = tokio::spawn(async move {
             let mut validator = Validator::default();
             loop {
@@ -49,12 +55,12 @@ impl Mirror {
                 }
             }
         });
-        Self { cache, last, validator }
+        Self { client, cache, last, validator }
     }
 
     /// Compares what the watchers have with what the store says. Nothing must be written any more.
-    pub(crate) async fn compare(self, client: &Client, tally: &Tally) -> Option<Reflection> {
-        let store = client.range(KeyRange::all()).consistency(Consistency::Linearizable);
+    pub(crate) async fn compare(self, tally: &Tally) -> Option<Reflection> {
+        let store = self.client.range(KeyRange::all()).consistency(Consistency::Linearizable);
         let revision = store.clone().limit(1).await.unwrap().header.revision;
         let store = store.all().await.unwrap();
         self.last.send_replace(Some(revision));
@@ -63,7 +69,11 @@ impl Mirror {
             tally.violation(format!("the mirror stays behind at revision {}", self.cache.revision()));
         }
         if !self.cache.iter().eq(store.iter().cloned()) {
-            tally.violation(format!("the mirror of {} keys differs from the store of {}", self.cache.len(), store.len()));
+            tally.violation(format!(
+                "the mirror of {} keys differs from the store of {}",
+                self.cache.len(),
+                store.len()
+            ));
         }
         let repeated = tally.repeated.lock().unwrap().clone();
         for kv in store.iter().filter(|kv| kv.key.starts_with(b"suffix/") && kv.version != 1) {
@@ -74,8 +84,13 @@ impl Mirror {
         }
         match tokio::time::timeout(PATIENCE, self.validator).await.map(Result::unwrap) {
             Ok(Ok(validator)) => {
-                validator.faults.into_iter().for_each(|fault| tally.violation(fault));
-                Some(Reflection { keys: store.len(), events: validator.events, revision: validator.through })
+                validator.faults.iter().for_each(|fault| tally.violation(fault.clone()));
+                let resumes = self.client.stats().watch_resumes;
+                if resumes == 0 {
+                    tally.violation("the watches were meant to lose their node, and did not".to_owned());
+                }
+                let Validator { events, through, .. } = validator;
+                Some(Reflection { keys: store.len(), events, revision: through, resumes })
             }
             Ok(Err(error)) => {
                 tally.violation(format!("the watch ended: {error}"));
