@@ -15,13 +15,12 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Shows what became of the key from the oldest revision left up to its current version.
 ///
-/// A key that does not exist has no last version at which to stop, so it is refused.
+/// A key that does not exist has no last version at which to stop: it is not found, though it may have a past.
 pub(crate) async fn show(key: &[u8], args: &ClientArgs) -> Result<(), Failure> {
     let client = args.client()?;
     let now = client.get(key).min_revision(args.min_revision()).await?;
     let Some(current) = now.kv else {
-        let key = args.encoding.encode(key);
-        return Err(Failure::NotFound { key: format!("{key}, whose past `d-engine watch --from` shows,") });
+        return Err(Failure::NotFound { key: args.encoding.encode(key) });
     };
     let events = tokio::time::timeout(args.timeout.unwrap_or(TIMEOUT), versions(&client, key, current))
         .await

@@ -67,7 +67,7 @@ pub(crate) struct GetArgs {
     /// Read as of this past revision
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     revision: u64,
-    /// Show every version that is kept, from the oldest on
+    /// Show every version that is kept, from the oldest on; of a key that is gone, `watch --from` does
     #[arg(long, conflicts_with_all = ["revision", "raw"])]
     history: bool,
     /// Print the value alone, byte for byte
