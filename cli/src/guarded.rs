@@ -19,7 +19,7 @@ use tokio::time::{Instant, interval, sleep_until};
 
 use crate::args::duration;
 use crate::failure::Failure;
-use crate::signals::EndSignals;
+use crate::signals::{EndSignals, INTERRUPT};
 
 /// How often a group that was told to end is looked at.
 const PACE: Duration = Duration::from_millis(20);
@@ -79,12 +79,14 @@ impl WorkArgs {
                     work.signal(Signal::TERM);
                     kill_at.get_or_insert(Instant::now() + self.grace);
                 }
-                // Asked twice: for whoever cannot wait.
-                _ = signals.next() => match kill_at {
+                signal = signals.next() => match kill_at {
+                    // Ctrl-C has reached the command, too: it knows what that means to it.
+                    None if signal == INTERRUPT && !work.leads => {}
                     None => {
                         work.signal(Signal::TERM);
                         kill_at = Some(Instant::now() + self.grace);
                     }
+                    // Asked twice: for whoever cannot wait.
                     Some(_) => work.signal(Signal::KILL),
                 },
                 () = sleep_until(kill_at.unwrap_or_else(Instant::now)), if kill_at.is_some() && !is_killed => {

@@ -8,9 +8,12 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::Failure;
 
+/// The number of SIGINT, which Ctrl-C sends to all who share the terminal.
+pub(crate) const INTERRUPT: u8 = 2;
+
 /// What asks for an end, with the number that exit codes are made of.
 const KINDS: [(SignalKind, u8); 3] =
-    [(SignalKind::hangup(), 1), (SignalKind::interrupt(), 2), (SignalKind::terminate(), 15)];
+    [(SignalKind::hangup(), 1), (SignalKind::interrupt(), INTERRUPT), (SignalKind::terminate(), 15)];
 
 /// From here on these signals no longer end the program by themselves.
 #[derive(Debug)]
