@@ -20,7 +20,7 @@ setup: ## Installs what building and testing need and the machine lacks
 setup-demo:
 	@scripts/setup demo
 
-demo: setup-demo build ## Starts three servers, loads real data, kills the leader, checks every promise
+demo: setup-demo build ## Starts three servers, loads real data, kills a leader, cuts one off, checks every promise
 	@$(CARGO_TARGET_DIR)/debug/d-engine-demo
 
 build: ## Builds everything

@@ -5,11 +5,15 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use d_engine_client::{Client, ClientBuilder, Consistency, Revision};
 
+use crate::compact::CompactArgs;
 use crate::encoding::Encoding;
 use crate::failure::{EXIT_CODES, Failure};
 use crate::kv::KvCommand;
+use crate::lease::LeaseCommand;
+use crate::lock::{ElectArgs, LockArgs};
 use crate::member::MemberCommand;
 use crate::server::ServerArgs;
+use crate::watch::WatchArgs;
 
 const ABOUT_BYTES: &str = "\
 Keys and values are bytes. On the command line and in tables they are written as --encoding says. As text, `\\xNN` \
@@ -34,6 +38,17 @@ pub(crate) enum Command {
     /// Reads and writes keys
     #[command(subcommand, after_help = EXIT_CODES)]
     Kv(KvCommand),
+    /// Shows changes of keys as they happen, or from a past revision on
+    Watch(WatchArgs),
+    /// Opens, prolongs, ends and shows leases
+    #[command(subcommand, after_help = EXIT_CODES)]
+    Lease(LeaseCommand),
+    /// Waits for a lock and holds it while a command runs, or until Ctrl-C
+    Lock(LockArgs),
+    /// Waits to be elected and leads while a command runs, or until Ctrl-C
+    Elect(ElectArgs),
+    /// Forgets the history before a revision; current values stay
+    Compact(CompactArgs),
     /// Shows the state of every member
     Status,
     /// Shows who belongs to the cluster
@@ -52,7 +67,7 @@ pub(crate) enum Layout {
     /// Columns for people
     #[default]
     Table,
-    /// One JSON document for programs
+    /// JSON for programs: one document, or one a line where output goes on
     Json,
 }
 
@@ -116,19 +131,21 @@ impl ClientArgs {
     }
 }
 
-/// Reads a duration: a number and `ms`, `s` or `m`.
-fn duration(text: &str) -> Result<Duration, String> {
+/// Reads a duration: a number and `ms`, `s`, `m`, `h` or `d`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
     let milliseconds = match unit {
         "ms" => 1,
         "s" => 1000,
         "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
         _ => 0,
     };
     match number.parse::<u64>().ok().and_then(|number| number.checked_mul(milliseconds)) {
         Some(total) if total > 0 => Ok(Duration::from_millis(total)),
-        _ => Err("a number above 0 with a unit is expected, such as 500ms, 5s or 1m".to_owned()),
+        _ => Err("a number above 0 with a unit is expected, such as 500ms, 5s, 10m, 1h or 7d".to_owned()),
     }
 }
 
@@ -156,7 +173,9 @@ mod tests {
     fn durations_need_a_unit() {
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
-        for text in ["", "5", "s", "0s", "-1s", "1h", "1.5s", "99999999999999999999s", "18446744073709551615m"] {
+        assert_eq!(duration("36h"), Ok(Duration::from_secs(36 * 3600)));
+        assert_eq!(duration("7d"), Ok(Duration::from_secs(7 * 24 * 3600)));
+        for text in ["", "5", "s", "0s", "-1s", "1w", "1.5s", "99999999999999999999s", "18446744073709551615m"] {
             assert!(duration(text).is_err(), "{text}");
         }
     }
@@ -173,6 +192,19 @@ mod tests {
             "d-engine kv range --keys-only --count-only",
             "d-engine server --dev --data-dir d",
             "d-engine kv get k --consistency strong",
+            "d-engine kv get k --history --revision 3",
+            "d-engine kv put k v --ttl 5s --lease 3",
+            "d-engine watch",
+            "d-engine watch k --prefix p",
+            "d-engine watch --range a",
+            "d-engine watch k --snapshot --from 3",
+            "d-engine watch k --puts --deletes",
+            "d-engine lease grant 5",
+            "d-engine lease revoke 0",
+            "d-engine elect e",
+            "d-engine elect e v --observe",
+            "d-engine compact",
+            "d-engine compact 3 --older-than 1h",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -10,12 +10,14 @@ use crate::encoding::DecodeError;
 pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  the key does not exist
+  1  the key, or the lease, does not exist
   2  wrong usage, or the request is invalid
   3  the condition of a cas or txn did not hold
   4  a write whose outcome is unknown: read the key before writing again
   5  failed, and nothing was applied
-  6  the server could not start, or stopped because of a fault";
+  6  the server could not start, or stopped because of a fault
+  7  a lock or a lead was lost
+lock and elect exit with the code of the command they run; see their help";
 
 /// Why a command did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +54,28 @@ pub(crate) enum Failure {
     /// The server ended.
     #[error("{0}")]
     Server(String),
+    /// The command to run cannot be run.
+    #[error("cannot run {program}: {source}")]
+    Command {
+        /// The program.
+        program: String,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+    /// A signal asked for the end before anything was done.
+    #[error("ended by signal {signal}")]
+    Interrupted {
+        /// Its number.
+        signal: u8,
+    },
+    /// A lock or a lead was lost; a command that ran under it was ended.
+    #[error("{name} was lost: somebody else may hold it now. Token {token} is worth nothing any more")]
+    Lost {
+        /// Of the lock or election.
+        name: String,
+        /// Its fencing token.
+        token: String,
+    },
 }
 
 impl Failure {
@@ -65,19 +89,29 @@ impl Failure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::NotFound { .. } => 1,
+            Self::Call(error) if error.kind() == ErrorKind::LeaseNotFound => 1,
             Self::Usage(_) | Self::Encoding(_) => 2,
             Self::ConditionFailed(_) => 3,
             Self::Call(error) if error.outcome() != Outcome::NotApplied => 4,
             Self::Call(error) if error.kind() == ErrorKind::InvalidArgument => 2,
             Self::Call(_) | Self::Unhealthy(_) | Self::Io { .. } => 5,
             Self::Server(_) => 6,
+            Self::Lost { .. } => 7,
+            // As shells do.
+            Self::Command { source, .. } if source.kind() == std::io::ErrorKind::NotFound => 127,
+            Self::Command { .. } => 126,
+            Self::Interrupted { signal } => 128 + signal,
         }
     }
 
     /// Says why, and gives the code.
     pub(crate) fn report(&self) -> ExitCode {
         // Whoever reads our output may stop reading, as `head` does: that is no failure of ours to tell of.
-        let silent = matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::BrokenPipe);
+        let silent = match self {
+            Self::Io { source, .. } => source.kind() == std::io::ErrorKind::BrokenPipe,
+            Self::Interrupted { .. } => true,
+            _ => false,
+        };
         if !silent {
             eprintln!("d-engine: {self}");
         }

@@ -2,13 +2,16 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
-use d_engine_client::{Client, KeyRange, KeyValue, Revision};
+use d_engine_client::{Client, KeyRange, KeyValue, LeaseId, Revision};
 use serde_json::json;
 
-use crate::args::{ClientArgs, Layout};
+use crate::args::{ClientArgs, Layout, duration};
 use crate::failure::Failure;
+use crate::history;
+use crate::lease::lease_id;
 use crate::output::{self, HeaderJson, KeyValueJson};
 use crate::txn::{self, TxnArgs};
 
@@ -46,6 +49,12 @@ pub(crate) struct PutArgs {
     key: String,
     #[command(flatten)]
     value: ValueArgs,
+    /// Delete the key after this time, unless it is written again
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    ttl: Option<Duration>,
+    /// Attach the key to a lease, and delete it when that ends
+    #[arg(long, value_name = "ID", value_parser = lease_id, conflicts_with = "ttl")]
+    lease: Option<LeaseId>,
     /// Show what the key held before
     #[arg(long)]
     prev: bool,
@@ -58,6 +67,9 @@ pub(crate) struct GetArgs {
     /// Read as of this past revision
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     revision: u64,
+    /// Show every version that is kept, from the oldest on; of a key that is gone, `watch --from` does
+    #[arg(long, conflicts_with_all = ["revision", "raw"])]
+    history: bool,
     /// Print the value alone, byte for byte
     #[arg(long, conflicts_with = "output")]
     raw: bool,
@@ -159,10 +171,17 @@ async fn put(put: PutArgs, args: &ClientArgs) -> Result<(), Failure> {
     if put.prev {
         request = request.return_previous();
     }
+    if let Some(ttl) = put.ttl {
+        request = request.ttl(ttl);
+    }
+    if let Some(lease) = put.lease {
+        request = request.lease(lease);
+    }
     let answer = request.await?;
     match args.output {
         Layout::Json => output::json(&json!({
             "header": HeaderJson::from(answer.header),
+            "lease": answer.lease.map(|lease| lease.get()),
             "previous": answer.previous.as_ref().map(KeyValueJson::from),
         })),
         Layout::Table => {
@@ -174,6 +193,9 @@ async fn put(put: PutArgs, args: &ClientArgs) -> Result<(), Failure> {
 
 async fn get(get: GetArgs, args: &ClientArgs) -> Result<(), Failure> {
     let key = args.encoding.decode(&get.key)?;
+    if get.history {
+        return history::show(&key, args).await;
+    }
     let request = args.client()?.get(&key).revision(Revision(get.revision)).min_revision(args.min_revision());
     let answer = request.await?;
     match &answer.kv {

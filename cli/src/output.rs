@@ -27,6 +27,13 @@ pub(crate) fn json(document: &impl Serialize) -> Result<(), Failure> {
     line(&text)
 }
 
+/// Prints one JSON document on a line of its own, for output that goes on.
+pub(crate) fn json_line(document: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string(document)
+        .map_err(|error| Failure::Io { what: "cannot write JSON".to_owned(), source: error.into() })?;
+    line(&text)
+}
+
 /// Prints columns under their names. Without rows: nothing but the names.
 pub(crate) fn table<const N: usize>(
     names: [&str; N],
@@ -67,13 +74,31 @@ impl From<Header> for HeaderJson {
     }
 }
 
-/// A key and its value as JSON.
+/// Bytes as JSON text, if they are UTF-8.
+pub(crate) fn text(bytes: &[u8]) -> Option<String> {
+    std::str::from_utf8(bytes).ok().map(str::to_owned)
+}
+
+/// A key as JSON.
 #[derive(Debug, Serialize)]
-pub(crate) struct KeyValueJson {
+pub(crate) struct KeyJson {
     /// Left out if the key is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
     key_base64: String,
+}
+
+impl KeyJson {
+    pub(crate) fn of(key: &[u8]) -> Self {
+        Self { key: text(key), key_base64: base64(key) }
+    }
+}
+
+/// A key and its value as JSON.
+#[derive(Debug, Serialize)]
+pub(crate) struct KeyValueJson {
+    #[serde(flatten)]
+    key: KeyJson,
     /// Left out if the value is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     value: Option<String>,
@@ -87,10 +112,8 @@ pub(crate) struct KeyValueJson {
 
 impl From<&KeyValue> for KeyValueJson {
     fn from(kv: &KeyValue) -> Self {
-        let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
         Self {
-            key: text(&kv.key),
-            key_base64: base64(&kv.key),
+            key: KeyJson::of(&kv.key),
             value: text(&kv.value),
             value_base64: base64(&kv.value),
             create_revision: kv.create_revision.get(),

@@ -32,18 +32,40 @@ fn the_session_of_the_quick_start_is_true() {
 }
 
 #[test]
-fn the_example_of_three_nodes_does_what_its_readme_shows() {
-    // A copy, so that the tree stays as it is; by its other name, so that this one works too.
-    let directory = tempfile::tempdir().unwrap();
-    let copy = directory.path().join("three-nodes-cluster");
-    let source = root().join("examples/three-nodes-cluster/.");
-    let copied = Command::new("cp").arg("-r").args([&source, &copy]).status().unwrap();
+fn the_sessions_of_the_guides_are_true() {
+    for guide in ["watch", "leases-and-locks", "service-discovery"] {
+        let directory = tempfile::tempdir().unwrap();
+        is_true(&format!("docs/{guide}.md"), directory.path());
+    }
+}
+
+/// Copies an example, so that the tree stays as it is, without what a run has left there.
+fn copy(example: &str, to: &Path) {
+    let source = root().join("examples").join(example).join(".");
+    let copied = Command::new("cp").arg("-r").args([&source, to]).status().unwrap();
     assert!(copied.success());
     for leftover in ["data", "logs", "run"] {
-        let _ = std::fs::remove_dir_all(copy.join(leftover));
+        let _ = std::fs::remove_dir_all(to.join(leftover));
     }
-    is_true("examples/three-nodes-standalone/README.md", &copy);
-    assert!(!copy.join("data").exists() && !copy.join("logs").exists(), "`make clean` left something");
+}
+
+#[test]
+fn the_example_of_service_discovery_does_what_its_readme_shows() {
+    let directory = tempfile::tempdir().unwrap();
+    copy("three-nodes-standalone", &directory.path().join("three-nodes-standalone"));
+    let example = directory.path().join("service-discovery");
+    copy("service-discovery", &example);
+    is_true("examples/service-discovery/README.md", &example);
+}
+
+#[test]
+fn the_example_of_three_nodes_does_what_its_readme_shows() {
+    let directory = tempfile::tempdir().unwrap();
+    // By its other name, so that this one works too.
+    let example = directory.path().join("three-nodes-cluster");
+    copy("three-nodes-cluster", &example);
+    is_true("examples/three-nodes-standalone/README.md", &example);
+    assert!(!example.join("data").exists() && !example.join("logs").exists(), "`make clean` left something");
 }
 
 #[test]
