@@ -14,6 +14,7 @@ use crate::client::{Client, Shared};
 use crate::cluster::Leader;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
+use crate::namespace::Leave as _;
 use crate::options::bounded;
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::topology::{Address, Pick, Route};
@@ -21,7 +22,7 @@ use crate::wire::Unary;
 
 /// Bytes of an answer; what is larger is refused instead of filling the memory. As much as generated stubs of every
 /// language accept, with a margin for what an answer has besides keys and values.
-const REPLY_BYTES_MAX: usize = 4 << 20;
+pub(crate) const REPLY_BYTES_MAX: usize = 4 << 20;
 const _: () = assert!(limits::ANSWER_BYTES_MAX + (64 << 10) <= REPLY_BYTES_MAX as u64);
 /// An attempt that takes longer makes the client ask whether somebody else leads by now. A node is not backed off for
 /// having less time than this.
@@ -38,7 +39,7 @@ pub(crate) struct Plan {
 }
 
 /// Why no node could be chosen.
-enum Unchosen {
+pub(crate) enum Unchosen {
     Deadline,
     Closed,
     /// Whoever answers belongs to another cluster.
@@ -47,13 +48,17 @@ enum Unchosen {
 
 impl Client {
     /// Makes a call, as often as it takes and the deadline allows.
-    pub(crate) async fn call<R: Unary>(&self, request: R, plan: Plan) -> Result<R::Reply, Error> {
+    pub(crate) async fn call<R: Unary>(&self, mut request: R, plan: Plan) -> Result<R::Reply, Error> {
+        request.enter(self.space()).map_err(|error| Error::invalid(R::OPERATION, error.to_string()))?;
         let span = tracing::debug_span!("d_engine_call", operation = R::OPERATION);
-        let result = self.shared().call(request, plan).instrument(span).await;
-        if let Err(error) = &result {
-            self.shared().counters.failures.add();
-            if error.outcome() == Outcome::Unknown {
-                self.shared().counters.unknown_outcomes.add();
+        let mut result = self.shared().call(request, plan).instrument(span).await;
+        match &mut result {
+            Ok(reply) => reply.leave(self.space()),
+            Err(error) => {
+                self.shared().counters.failures.add();
+                if error.outcome() == Outcome::Unknown {
+                    self.shared().counters.unknown_outcomes.add();
+                }
             }
         }
         result
@@ -95,7 +100,7 @@ impl Shared {
                 }
             };
             let attempt_deadline = match plan.resend {
-                Resend::Idempotent => deadline.min(Instant::now() + timeout / READ_ATTEMPTS),
+                Resend::Idempotent | Resend::Repeatable => deadline.min(Instant::now() + timeout / READ_ATTEMPTS),
                 Resend::IfNotApplied => deadline,
             };
             let failure = match self.attempt(&address, request.clone(), attempt_deadline).await {
@@ -134,7 +139,7 @@ impl Shared {
     }
 
     /// Waits until there is a node to ask.
-    async fn choose(&self, route: Route, tried: &[Address], deadline: Instant) -> Result<Address, Unchosen> {
+    pub(crate) async fn choose(&self, route: Route, tried: &[Address], deadline: Instant) -> Result<Address, Unchosen> {
         let mut asked_for_news = false;
         loop {
             // Created before looking, so that no change after the look is missed.
@@ -198,13 +203,7 @@ impl Shared {
             () = self.closed.cancelled() => return Err(Failure::Closed { sent: !gate.close() }),
         };
         match answer {
-            Ok(reply) => {
-                let header = R::header(&reply).copied().unwrap_or_default();
-                match self.state.lock().topology.answered(address, &header, started.elapsed()) {
-                    Ok(()) => Ok(reply),
-                    Err(foreign) => Err(Failure::Foreign(foreign.0)),
-                }
-            }
+            Ok(reply) => self.vouch(address, R::header(&reply), started.elapsed()).map(|()| reply),
             Err(status) => {
                 let failure = classify(status, &gate, started.elapsed());
                 if matches!(failure, Failure::NotSent(_) | Failure::Lost(_)) {
@@ -213,6 +212,18 @@ impl Shared {
                 Err(failure)
             }
         }
+    }
+
+    /// Takes note of an answer, and checks that it comes from this cluster.
+    pub(crate) fn vouch(
+        &self,
+        address: &Address,
+        header: Option<&v1::ResponseHeader>,
+        latency: Duration,
+    ) -> Result<(), Failure> {
+        let header = header.copied().unwrap_or_default();
+        let answered = self.state.lock().topology.answered(address, &header, latency);
+        answered.map_err(|foreign| Failure::Foreign(foreign.0))
     }
 
     /// Ends at the deadline. Until then it asks for news of the cluster as long as an answer is overdue.
@@ -315,6 +326,19 @@ fn classify(status: tonic::Status, gate: &Gate, after: Duration) -> Failure {
     if !sent {
         return Failure::NotSent(Cause::of_status(status));
     }
+    broken(status)
+}
+
+/// What the end of a stream says for certain.
+pub(crate) fn stream_failure(status: tonic::Status) -> Failure {
+    match DetailedStatus::from_status(&status) {
+        Some(detailed) => Failure::Refused(Box::new(detailed)),
+        None => broken(status),
+    }
+}
+
+/// What a status says that no d-engine server wrote, of a request that was sent.
+fn broken(status: tonic::Status) -> Failure {
     match status.code() {
         // Nobody executes a method he does not have.
         tonic::Code::Unimplemented => {

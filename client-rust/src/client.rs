@@ -14,10 +14,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Leader, Member};
 use crate::connection::Connections;
+use crate::kv::IntoBytes;
+use crate::namespace::Namespace;
 use crate::options::{ClientBuilder, Options};
 use crate::retry::{Budget, Failure, backoff};
 use crate::stats::{Counters, Stats};
 use crate::topology::{Address, Topology};
+use crate::watch_link::Links;
 
 /// How old the member list may grow while all is well.
 const REFRESH_PERIOD: Duration = Duration::from_secs(30);
@@ -37,6 +40,7 @@ const STRAGGLERS: Duration = Duration::from_millis(100);
 #[derive(Clone)]
 pub struct Client {
     owner: Arc<Owner>,
+    space: Namespace,
 }
 
 /// Ends the background work with the last clone.
@@ -53,8 +57,11 @@ impl Drop for Owner {
 /// What calls and the background task share.
 pub(crate) struct Shared {
     pub(crate) options: Options,
+    /// Runs what goes on in the background.
+    pub(crate) runtime: Handle,
     pub(crate) state: Mutex<State>,
     pub(crate) connections: Connections,
+    pub(crate) links: Links,
     /// Wakes calls that wait for a node to be available.
     pub(crate) changed: Notify,
     /// Asks for fresh members.
@@ -79,7 +86,9 @@ impl Client {
     pub(crate) fn start(seeds: Vec<Address>, options: Options, runtime: &Handle) -> Self {
         let shared = Arc::new(Shared {
             connections: Connections::new(options.connect_timeout),
+            links: Links::default(),
             options,
+            runtime: runtime.clone(),
             state: Mutex::new(State {
                 topology: Topology::new(seeds),
                 budget: Budget::new(Instant::now()),
@@ -91,7 +100,27 @@ impl Client {
             counters: Counters::default(),
         });
         runtime.spawn(keep_fresh(Arc::clone(&shared)));
-        Self { owner: Arc::new(Owner { shared }) }
+        Self { owner: Arc::new(Owner { shared }), space: Namespace::default() }
+    }
+
+    /// A client of the keys that begin with `prefix` and go on, which sees them without it: every key and interval
+    /// that goes in gets the prefix, every key that comes out loses it, and no interval reaches beyond. Within a
+    /// namespace, it is one inside. It shares everything else with this client.
+    ///
+    /// Leases, sessions, compaction and the cluster are of the whole store: revoking a lease deletes its keys wherever
+    /// they are.
+    ///
+    /// ```no_run
+    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// let tenant = client.namespace("tenants/7/");
+    /// tenant.put("greeting", "hello").await?;
+    /// assert_eq!(client.get("tenants/7/greeting").await?.into_value().as_deref(), Some(&b"hello"[..]));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn namespace(&self, prefix: impl IntoBytes) -> Self {
+        Self { owner: Arc::clone(&self.owner), space: self.space.nested(&prefix.into_bytes()) }
     }
 
     /// Ends the client and all its clones: connections close, calls in flight fail with [`ErrorKind::Closed`] and tell
@@ -117,6 +146,11 @@ impl Client {
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.owner.shared
+    }
+
+    /// Where keys enter and leave this client's namespace.
+    pub(crate) fn space(&self) -> &Namespace {
+        &self.space
     }
 
     pub(crate) fn options(&self) -> &Options {

@@ -38,6 +38,18 @@ pub enum ErrorKind {
     Unsupported,
     /// The node met a fault of its own and stopped serving.
     Internal,
+    /// The lease does not exist: it has expired, was revoked, or was never granted.
+    LeaseNotFound,
+    /// A lease with the id asked for exists already.
+    LeaseExists,
+    /// The client's session ended before the call was answered. It surfaces only if the call may have been sent before:
+    /// otherwise the client goes on under a new session.
+    SessionExpired,
+    /// The call was answered before, and the answer is no longer kept, or was too large to be. [`Error::outcome`] says
+    /// what is known of it.
+    AlreadyAcknowledged,
+    /// The operation was given up on request.
+    Cancelled,
     /// The client was closed.
     Closed,
     /// The server sent an error code that this version of the client does not know.
@@ -60,8 +72,39 @@ impl ErrorKind {
             Self::WrongCluster => ErrorCode::WrongCluster,
             Self::Unsupported => ErrorCode::Unsupported,
             Self::Internal => ErrorCode::Internal,
+            Self::LeaseNotFound => ErrorCode::LeaseNotFound,
+            Self::LeaseExists => ErrorCode::LeaseExists,
+            Self::SessionExpired => ErrorCode::SessionExpired,
+            Self::AlreadyAcknowledged => ErrorCode::AlreadyAcknowledged,
+            Self::Cancelled => ErrorCode::Cancelled,
             Self::Closed | Self::Unrecognized => return None,
         })
+    }
+
+    /// Whether what keeps a read from being served may be over with time, so that it is worth to go on trying.
+    pub(crate) fn may_pass(self) -> bool {
+        match self {
+            Self::NotLeader
+            | Self::Unavailable
+            | Self::DeadlineExceeded
+            | Self::ResourceExhausted
+            | Self::Compacted
+            | Self::Behind
+            | Self::LeadershipLost
+            | Self::Internal => true,
+            Self::InvalidArgument
+            | Self::FutureRevision
+            | Self::FailedPrecondition
+            | Self::WrongCluster
+            | Self::Unsupported
+            | Self::LeaseNotFound
+            | Self::LeaseExists
+            | Self::SessionExpired
+            | Self::AlreadyAcknowledged
+            | Self::Cancelled
+            | Self::Closed
+            | Self::Unrecognized => false,
+        }
     }
 
     /// The name, the same in every language.
@@ -101,6 +144,11 @@ impl From<Option<ErrorCode>> for ErrorKind {
             Some(ErrorCode::WrongCluster) => Self::WrongCluster,
             Some(ErrorCode::Unsupported) => Self::Unsupported,
             Some(ErrorCode::Internal) => Self::Internal,
+            Some(ErrorCode::LeaseNotFound) => Self::LeaseNotFound,
+            Some(ErrorCode::LeaseExists) => Self::LeaseExists,
+            Some(ErrorCode::SessionExpired) => Self::SessionExpired,
+            Some(ErrorCode::AlreadyAcknowledged) => Self::AlreadyAcknowledged,
+            Some(ErrorCode::Cancelled) => Self::Cancelled,
             _ => Self::Unrecognized,
         }
     }

@@ -21,32 +21,57 @@
 //!
 //! The client never depends on the server, and a language binding adds nothing to its semantics.
 
+mod cache;
 mod call;
 mod client;
+mod clock;
 mod cluster;
 mod connection;
+mod election;
 mod error;
+mod fencing;
 mod gate;
+mod keeper;
 mod kv;
+mod lease;
+mod lock;
+mod lock_queue;
+mod maintenance;
+mod namespace;
 mod options;
 mod range;
 mod read;
 mod retry;
+mod snapshot_watch;
 mod stats;
 mod topology;
 mod txn;
+mod watch;
+mod watch_link;
 mod wire;
 mod write;
 
+pub use cache::{Cache, CacheCall, CacheChange, CacheChanges, CacheState, CacheView};
 pub use client::Client;
 pub use cluster::{Header, Leader, Member, MemberRole, Members, NodeRole, NodeStatus};
+pub use election::{Election, ElectionLeader, ElectionObserver, Leadership};
 pub use error::{Error, ErrorKind, Outcome};
+pub use fencing::{FencingToken, InvalidFencingToken};
+pub use keeper::{KeepLease, LeaseKeeper, LeaseState};
 pub use kv::{IntoBytes, KeyRange, KeyValue};
+pub use lease::{
+    GrantLease, LeaseGrantResponse, LeasePages, LeaseRenewResponse, LeaseRevokeResponse, LeaseSummary, LeaseTimeToLive,
+    LeaseTimeToLiveResponse, Leases, LeasesResponse, RenewLease, RevokeLease,
+};
+pub use lock::{Lock, LockGuard};
+pub use maintenance::{Compact, CompactResponse};
 pub use options::ClientBuilder;
 pub use range::{Pages, Range, RangeResponse};
 pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};
+pub use snapshot_watch::{SnapshotWatch, SnapshotWatchCall};
 pub use stats::Stats;
 pub use txn::{Compare, Op, Relation, Txn, TxnCall, TxnResponse, TxnResult};
+pub use watch::{Watch, WatchEvent, WatchStream, WatchUpdate};
 pub use write::{
     CompareAndSwap, CompareAndSwapResponse, Delete, DeleteRange, DeleteRangeResponse, DeleteResponse, Put, PutResponse,
 };

@@ -72,9 +72,18 @@ impl ReadOptions {
     }
 }
 
-/// The builder methods that all reads share.
+/// The builder methods that all reads share, and those of what has no past.
 macro_rules! read_methods {
     () => {
+        $crate::read::read_methods!(current);
+
+        /// Read as of this past revision instead of the current one.
+        pub fn revision(mut self, revision: d_engine_proto::Revision) -> Self {
+            self.read.revision = revision;
+            self
+        }
+    };
+    (current) => {
         /// How the read is served; otherwise the client's default decides.
         pub fn consistency(mut self, consistency: $crate::Consistency) -> Self {
             self.read.consistency = Some(consistency);
@@ -85,12 +94,6 @@ macro_rules! read_methods {
         /// eventual reads never go back in time.
         pub fn min_revision(mut self, revision: d_engine_proto::Revision) -> Self {
             self.read.min_revision = revision;
-            self
-        }
-
-        /// Read as of this past revision instead of the current one.
-        pub fn revision(mut self, revision: d_engine_proto::Revision) -> Self {
-            self.read.revision = revision;
             self
         }
 

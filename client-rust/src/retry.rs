@@ -13,7 +13,7 @@ use crate::cluster::Leader;
 use crate::error::{Error, ErrorKind, Outcome};
 
 /// How one attempt failed, told by what is certain about the request.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Failure {
     /// Not a byte of the request's message left this process, nor will one.
     NotSent(Cause),
@@ -70,6 +70,9 @@ impl Cause {
 pub(crate) enum Resend {
     /// It changes nothing, so always.
     Idempotent,
+    /// It changes the store, but no more by being applied again: under a session, or by its nature. So always, and what
+    /// became of it is told as of a write.
+    Repeatable,
     /// It changes the store, so only if it was certainly not applied.
     IfNotApplied,
 }

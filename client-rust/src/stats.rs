@@ -22,6 +22,8 @@ pub struct Stats {
     pub leader_changes: u64,
     /// Rounds in which the members were asked for.
     pub refreshes: u64,
+    /// Times that a watch went on on a new stream: its old one broke, its node refused it, or its reader was slow.
+    pub watch_resumes: u64,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +35,7 @@ pub(crate) struct Counters {
     pub(crate) redirects: Counter,
     pub(crate) budget_exhausted: Counter,
     pub(crate) refreshes: Counter,
+    pub(crate) watch_resumes: Counter,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +62,7 @@ impl Counters {
             budget_exhausted: self.budget_exhausted.get(),
             leader_changes,
             refreshes: self.refreshes.get(),
+            watch_resumes: self.watch_resumes.get(),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use d_engine_proto::{NodeId, Term, v1};
+use d_engine_proto::{Epoch, NodeId, Term, v1};
 use tokio::time::Instant;
 
 use crate::cluster::{Leader, Member};
@@ -139,6 +139,11 @@ impl Topology {
     /// The leader, if one is known.
     pub(crate) fn leader(&self) -> Option<&Leader> {
         self.leader.as_ref().map(|(leader, _)| leader)
+    }
+
+    /// The restore epoch of the cluster; 0 before the first answer.
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch(self.identity.map_or(0, |(_, epoch)| epoch))
     }
 
     /// How often a leader of a newer term took the place of one known before.

@@ -1,6 +1,7 @@
 //! Transactions: comparisons, and two lists of operations of which one is applied, atomically.
 
 use std::future::IntoFuture;
+use std::time::Duration;
 
 use d_engine_proto::v1::{self, compare, txn_operation, txn_result};
 use d_engine_proto::{LeaseId, Revision};
@@ -13,7 +14,7 @@ use crate::error::{Error, ErrorKind, Outcome};
 use crate::kv::{IntoBytes, KeyRange};
 use crate::range::RangeResponse;
 use crate::read::{GetResponse, ReadOptions, read_methods};
-use crate::write::{DeleteRangeResponse, DeleteResponse, PutResponse, write};
+use crate::write::{DeleteRangeResponse, DeleteResponse, PutResponse, ttl_ms, write};
 
 /// One condition of a transaction.
 ///
@@ -145,6 +146,24 @@ impl Op {
             txn_operation::Operation::Delete(delete) => delete.return_previous = true,
             txn_operation::Operation::DeleteRange(delete) => delete.return_previous = true,
             _ => {}
+        }
+        self
+    }
+
+    /// With a put: attaches the key to a lease. Other operations stay as they are.
+    #[must_use]
+    pub fn lease(mut self, lease: LeaseId) -> Self {
+        if let txn_operation::Operation::Put(put) = &mut self.0 {
+            put.lease = lease.get();
+        }
+        self
+    }
+
+    /// With a put: gives the key a time to live. Other operations stay as they are.
+    #[must_use]
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        if let txn_operation::Operation::Put(put) = &mut self.0 {
+            put.ttl_ms = ttl_ms(ttl);
         }
         self
     }

@@ -2,40 +2,62 @@
 
 use d_engine_proto::v1;
 
+use crate::namespace::{Enter, Leave};
+
 /// A request of a unary call.
-pub(crate) trait Unary: prost::Message + Clone + 'static {
+pub(crate) trait Unary: prost::Message + Enter + Clone + 'static {
     /// What answers it.
-    type Reply: prost::Message + Default + 'static;
+    type Reply: prost::Message + Leave + Default + 'static;
     /// Its name in errors and traces.
     const OPERATION: &'static str;
     /// Its gRPC method.
     const PATH: &'static str;
+    /// Whether applying it again, to what it made of the store, changes nothing that matters. Without effect under a
+    /// session.
+    const REPEATABLE: bool = false;
     /// The header of an answer.
     fn header(reply: &Self::Reply) -> Option<&v1::ResponseHeader>;
+    /// Where it says under which session it is, if it can be under one.
+    fn session(&mut self) -> Option<&mut Option<v1::SessionCall>> {
+        None
+    }
 }
 
 macro_rules! unary {
-    ($($operation:literal, $path:literal: $request:ident => $reply:ident;)*) => {$(
+    ($($operation:literal, $path:literal: $request:ident => $reply:ident $(, $session:ident)? $(| repeatable: $repeatable:literal)?;)*) => {$(
         impl Unary for v1::$request {
             type Reply = v1::$reply;
             const OPERATION: &'static str = $operation;
             const PATH: &'static str = $path;
+            $(const REPEATABLE: bool = $repeatable;)?
             fn header(reply: &v1::$reply) -> Option<&v1::ResponseHeader> {
                 reply.header.as_ref()
             }
+            $(fn session(&mut self) -> Option<&mut Option<v1::SessionCall>> {
+                Some(&mut self.$session)
+            })?
         }
     )*};
 }
 
 unary! {
-    "put", "/d_engine.v1.Kv/Put": PutRequest => PutResponse;
+    "put", "/d_engine.v1.Kv/Put": PutRequest => PutResponse, session;
     "get", "/d_engine.v1.Kv/Get": GetRequest => GetResponse;
     "get many", "/d_engine.v1.Kv/GetMany": GetManyRequest => GetManyResponse;
     "range", "/d_engine.v1.Kv/Range": RangeRequest => RangeResponse;
-    "delete", "/d_engine.v1.Kv/Delete": DeleteRequest => DeleteResponse;
-    "delete range", "/d_engine.v1.Kv/DeleteRange": DeleteRangeRequest => DeleteRangeResponse;
-    "compare and swap", "/d_engine.v1.Kv/CompareAndSwap": CompareAndSwapRequest => CompareAndSwapResponse;
-    "transaction", "/d_engine.v1.Kv/Txn": TxnRequest => TxnResponse;
+    "delete", "/d_engine.v1.Kv/Delete": DeleteRequest => DeleteResponse, session;
+    "delete range", "/d_engine.v1.Kv/DeleteRange": DeleteRangeRequest => DeleteRangeResponse, session;
+    "compare and swap", "/d_engine.v1.Kv/CompareAndSwap": CompareAndSwapRequest => CompareAndSwapResponse, session;
+    "transaction", "/d_engine.v1.Kv/Txn": TxnRequest => TxnResponse, session;
+    "grant lease", "/d_engine.v1.Lease/Grant": LeaseGrantRequest => LeaseGrantResponse, session;
+    "revoke lease", "/d_engine.v1.Lease/Revoke": LeaseRevokeRequest => LeaseRevokeResponse, session;
+    "renew lease", "/d_engine.v1.Lease/Renew": LeaseRenewRequest => LeaseRenewResponse | repeatable: true;
+    "lease time to live", "/d_engine.v1.Lease/TimeToLive": LeaseTimeToLiveRequest => LeaseTimeToLiveResponse;
+    "list leases", "/d_engine.v1.Lease/List": LeaseListRequest => LeaseListResponse;
+    "register session", "/d_engine.v1.Session/Register": SessionRegisterRequest => SessionRegisterResponse | repeatable: true;
+    "renew session", "/d_engine.v1.Session/Renew": SessionRenewRequest => SessionRenewResponse | repeatable: true;
+    "close session", "/d_engine.v1.Session/Close": SessionCloseRequest => SessionCloseResponse | repeatable: true;
+    "compact", "/d_engine.v1.Maintenance/Compact": CompactRequest => CompactResponse | repeatable: true;
     "members", "/d_engine.v1.Cluster/Members": MembersRequest => MembersResponse;
     "status", "/d_engine.v1.Cluster/Status": StatusRequest => StatusResponse;
 }
@@ -45,22 +67,49 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_method_of_kv_and_cluster_is_here() {
-        let files = include_str!("../../proto/d_engine/v1/kv.proto").to_owned()
-            + include_str!("../../proto/d_engine/v1/cluster.proto");
+    fn every_unary_method_is_here() {
         let source = include_str!("wire.rs");
-        let mut service = "";
-        for line in files.lines() {
-            let mut words = line.split([' ', '(', ')', '{', ';']).filter(|word| !word.is_empty());
-            match (words.next(), words.next()) {
-                (Some("service"), Some(name)) => service = name,
-                (Some("rpc"), Some(method)) => {
-                    let path = format!("\"/d_engine.v1.{service}/{method}\"");
-                    assert!(source.contains(&path), "{path} is missing");
+        let mut methods = 0;
+        for file in [
+            include_str!("../../proto/d_engine/v1/kv.proto"),
+            include_str!("../../proto/d_engine/v1/lease.proto"),
+            include_str!("../../proto/d_engine/v1/session.proto"),
+            include_str!("../../proto/d_engine/v1/maintenance.proto"),
+            include_str!("../../proto/d_engine/v1/cluster.proto"),
+        ] {
+            let mut service = "";
+            for line in file.lines().filter(|line| !line.contains("(stream")) {
+                let mut words = line.split([' ', '(', ')', '{', ';']).filter(|word| !word.is_empty());
+                match (words.next(), words.next()) {
+                    (Some("service"), Some(name)) => service = name,
+                    (Some("rpc"), Some(method)) => {
+                        let path = format!("\"/d_engine.v1.{service}/{method}\"");
+                        assert!(source.contains(&path), "{path} is missing");
+                        methods += 1;
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
         }
+        assert!(methods > 15, "{methods}");
         assert_eq!(v1::PutRequest::PATH, "/d_engine.v1.Kv/Put");
+    }
+
+    /// What lies under `session = 15` in the protocol, and nothing else, goes under a session.
+    #[test]
+    fn requests_with_a_session_field_offer_it() {
+        assert!(v1::PutRequest::default().session().is_some());
+        assert!(v1::DeleteRequest::default().session().is_some());
+        assert!(v1::DeleteRangeRequest::default().session().is_some());
+        assert!(v1::CompareAndSwapRequest::default().session().is_some());
+        assert!(v1::TxnRequest::default().session().is_some());
+        assert!(v1::LeaseGrantRequest::default().session().is_some());
+        assert!(v1::LeaseRevokeRequest::default().session().is_some());
+        let source = include_str!("wire.rs").lines();
+        let here = source.filter(|line| line.trim_end().ends_with(", session;")).count();
+        let protocol =
+            [include_str!("../../proto/d_engine/v1/kv.proto"), include_str!("../../proto/d_engine/v1/lease.proto")];
+        let there: usize = protocol.iter().map(|file| file.matches("SessionCall session = 15;").count()).sum();
+        assert_eq!(here, there);
     }
 }

@@ -1,13 +1,11 @@
 //! Writes of single keys and intervals.
 //!
-//! A write is sent again only if it was certainly not applied. What is left is told by the outcome of the error.
+//! A write goes under the client's session (`session`), so that it can be sent until it is answered and is applied
+//! once. What stays open nevertheless is told by the outcome of the error.
 
-use std::future::IntoFuture;
 use std::time::Duration;
 
 use d_engine_proto::{LeaseId, v1};
-use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
 
 use crate::call::Plan;
 use crate::client::Client;
@@ -25,18 +23,18 @@ macro_rules! write_request {
         #[derive(Clone, Debug)]
         #[must_use = "a request is sent when awaited"]
         pub struct $name {
-            client: Client,
-            request: v1::$message,
-            timeout: Duration,
+            client: $crate::Client,
+            request: d_engine_proto::v1::$message,
+            timeout: std::time::Duration,
         }
 
         impl $name {
-            fn of(client: &Client, request: v1::$message) -> Self {
+            pub(crate) fn of(client: &$crate::Client, request: d_engine_proto::v1::$message) -> Self {
                 Self { client: client.clone(), request, timeout: client.options().call_timeout }
             }
 
             /// Budget of this call, all attempts included.
-            pub fn timeout(mut self, timeout: Duration) -> Self {
+            pub fn timeout(mut self, timeout: std::time::Duration) -> Self {
                 self.timeout = timeout;
                 self
             }
@@ -44,20 +42,30 @@ macro_rules! write_request {
             $($methods)*
         }
 
-        impl IntoFuture for $name {
-            type Output = Result<$response, Error>;
-            type IntoFuture = BoxFuture<'static, Self::Output>;
+        impl std::future::IntoFuture for $name {
+            type Output = Result<$response, $crate::Error>;
+            type IntoFuture = futures_util::future::BoxFuture<'static, Self::Output>;
 
             fn into_future(self) -> Self::IntoFuture {
-                async move { write(&self.client, self.request, self.timeout).await.map($response::from) }.boxed()
+                Box::pin(async move {
+                    $crate::write::write(&self.client, self.request, self.timeout).await.map($response::from)
+                })
             }
         }
     };
 }
+pub(crate) use write_request;
 
 /// Sends a request that changes the store.
 pub(crate) async fn write<R: Unary>(client: &Client, request: R, timeout: Duration) -> Result<R::Reply, Error> {
-    client.call(request, Plan { route: Route::Leader, resend: Resend::IfNotApplied, timeout }).await
+    let resend = if R::REPEATABLE { Resend::Repeatable } else { Resend::IfNotApplied };
+    client.call(request, Plan { route: Route::Leader, resend, timeout }).await
+}
+
+/// A time to live as it travels. What is below a millisecond counts as one, since 0 stands for no end: the server then
+/// says what the shortest is.
+pub(crate) fn ttl_ms(ttl: Duration) -> u64 {
+    u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 write_request! {
@@ -69,9 +77,16 @@ write_request! {
             self
         }
 
-        /// Attaches the key to a lease.
+        /// Attaches the key to a lease: it is deleted when the lease ends.
         pub fn lease(mut self, lease: LeaseId) -> Self {
             self.request.lease = lease.get();
+            self
+        }
+
+        /// Gives the key a time to live, counted from this write in milliseconds: then it is deleted. The next put of
+        /// the key decides anew. Excludes [`lease`](Self::lease).
+        pub fn ttl(mut self, ttl: Duration) -> Self {
+            self.request.ttl_ms = ttl_ms(ttl);
             self
         }
     }
@@ -84,11 +99,17 @@ pub struct PutResponse {
     pub header: Header,
     /// What the key held before, if it existed and was asked for.
     pub previous: Option<KeyValue>,
+    /// Lease the key is attached to now, also the one that a time to live made.
+    pub lease: Option<LeaseId>,
 }
 
 impl From<v1::PutResponse> for PutResponse {
     fn from(response: v1::PutResponse) -> Self {
-        Self { header: response.header.unwrap_or_default().into(), previous: response.previous.map(KeyValue::from) }
+        Self {
+            header: response.header.unwrap_or_default().into(),
+            previous: response.previous.map(KeyValue::from),
+            lease: (response.lease != 0).then_some(LeaseId(response.lease)),
+        }
     }
 }
 
@@ -207,6 +228,23 @@ impl Client {
     pub fn put(&self, key: impl IntoBytes, value: impl IntoBytes) -> Put {
         let request = v1::PutRequest { key: key.into_bytes(), value: value.into_bytes(), ..Default::default() };
         Put::of(self, request)
+    }
+
+    /// Writes one key that is deleted when its time to live has passed, unless it is put again before.
+    ///
+    /// ```no_run
+    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// use std::time::Duration;
+    ///
+    /// client.put_with_ttl("cache/front-page", "<html>", Duration::from_secs(30)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`put`](Self::put); `InvalidArgument` too for a time to live below 100 milliseconds or above a year.
+    pub fn put_with_ttl(&self, key: impl IntoBytes, value: impl IntoBytes, ttl: Duration) -> Put {
+        self.put(key, value).ttl(ttl)
     }
 
     /// Deletes one key. Deleting nothing succeeds.
