@@ -11,12 +11,14 @@ use tonic_prost::ProstCodec;
 use tracing::Instrument;
 
 use crate::client::{Client, Shared};
+use crate::clock::Moment;
 use crate::cluster::Leader;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
 use crate::namespace::Leave as _;
 use crate::options::bounded;
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
+use crate::session::Ticket;
 use crate::topology::{Address, Pick, Route};
 use crate::wire::Unary;
 
@@ -27,8 +29,9 @@ const _: () = assert!(limits::ANSWER_BYTES_MAX + (64 << 10) <= REPLY_BYTES_MAX a
 /// An attempt that takes longer makes the client ask whether somebody else leads by now. A node is not backed off for
 /// having less time than this.
 const SUSPECT_AFTER: Duration = Duration::from_millis(300);
-/// An attempt of a read gets this part of the call's timeout, so that others get a chance if its node is silent.
-const READ_ATTEMPTS: u32 = 4;
+/// An attempt that can be repeated gets this part of the call's timeout, so that others get a chance if its node is
+/// silent.
+const ATTEMPTS: u32 = 4;
 
 /// How a call is to be served.
 #[derive(Clone, Copy, Debug)]
@@ -82,60 +85,124 @@ impl Client {
 }
 
 impl Shared {
-    async fn call<R: Unary>(&self, request: R, plan: Plan) -> Result<R::Reply, Error> {
-        let timeout = bounded(plan.timeout);
-        let deadline = Instant::now() + timeout;
+    async fn call<R: Unary>(self: &Arc<Self>, request: R, plan: Plan) -> Result<R::Reply, Error> {
         self.counters.calls.add();
         self.state.lock().budget.deposit();
+        let mut doubt = false;
+        match self.attempts(request, plan, &mut doubt).await {
+            Ok((reply, _)) => Ok(reply),
+            Err(error) if doubt => Err(error.in_doubt()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes attempts until one succeeds or must be the last. Returns when that one was sent, too. `doubt` becomes true
+    /// when an attempt may have been applied, or may yet be, and stays so unless a later one tells.
+    pub(crate) async fn attempts<R: Unary>(
+        self: &Arc<Self>,
+        mut request: R,
+        plan: Plan,
+        doubt: &mut bool,
+    ) -> Result<(R::Reply, Moment), Error> {
+        let timeout = bounded(plan.timeout);
+        let deadline = Instant::now() + timeout;
+        let mut under_session =
+            plan.resend == Resend::IfNotApplied && self.options.sessions && request.session().is_some();
+        let mut ticket: Option<Ticket> = None;
         let mut tried = Vec::new();
         let mut retries = 0;
         let mut last: Option<(Address, Failure)> = None;
         loop {
+            if under_session && ticket.is_none() {
+                ticket = self.ticket(R::OPERATION, deadline).await?;
+                under_session = ticket.is_some();
+                if let Some(session) = request.session() {
+                    *session = ticket.as_ref().map(Ticket::call);
+                }
+            }
+            let resend = if ticket.is_some() { Resend::Repeatable } else { plan.resend };
             let address = match self.choose(plan.route, &tried, deadline).await {
                 Ok(address) => address,
-                Err(Unchosen::Closed) => return Err(closed::<R>()),
-                Err(Unchosen::Deadline) => return Err(self.spent::<R>(timeout, retries, last, plan)),
+                Err(Unchosen::Closed) => return Err(Error::closed(R::OPERATION)),
+                Err(Unchosen::Deadline) => {
+                    return Err(self.spent(R::OPERATION, timeout, retries, last, plan.route, resend));
+                }
                 Err(Unchosen::Foreign(message)) => {
                     return Err(Error::new(R::OPERATION, ErrorKind::WrongCluster, Outcome::NotApplied, message));
                 }
             };
-            let attempt_deadline = match plan.resend {
-                Resend::Idempotent | Resend::Repeatable => deadline.min(Instant::now() + timeout / READ_ATTEMPTS),
+            let attempt_deadline = match resend {
                 Resend::IfNotApplied => deadline,
+                Resend::Idempotent | Resend::Repeatable => self.share(timeout, deadline),
             };
+            let sent = Moment::now();
             let failure = match self.attempt(&address, request.clone(), attempt_deadline).await {
-                Ok(reply) => return Ok(reply),
+                Ok(reply) => {
+                    if let Some(ticket) = &ticket {
+                        ticket.confirm(sent);
+                    }
+                    return Ok((reply, sent));
+                }
                 Err(failure) => failure,
             };
             let redirected = self.note_failure(&address, &failure);
-            let Decision::Retry { elsewhere, at_least } = decide(&failure, plan.resend) else {
-                return Err(failure.into_error(R::OPERATION, plan.resend, address.as_str()));
+            *doubt |= failure.outcome(resend) == Outcome::Unknown;
+            let mut decision = decide(&failure, resend);
+            if let Some(used) = &ticket {
+                match failure.code() {
+                    Some(ErrorCode::SessionExpired) => {
+                        self.sessions.expired(used);
+                        if !*doubt {
+                            ticket = None;
+                            decision = Decision::Retry { elsewhere: false, at_least: Duration::ZERO };
+                        }
+                    }
+                    // A new number acknowledges what has ended since: that may be the very room that was missing.
+                    Some(ErrorCode::ResourceExhausted) if !*doubt => ticket = None,
+                    // Only the store says these, and says them to every copy of the call.
+                    Some(ErrorCode::LeaseNotFound | ErrorCode::LeaseExists) => *doubt = false,
+                    _ => {}
+                }
+            }
+            let Decision::Retry { elsewhere, at_least } = decision else {
+                return Err(failure.into_error(R::OPERATION, resend, address.as_str()));
             };
             let pause = {
                 let mut state = self.state.lock();
                 if !state.budget.withdraw(Instant::now()) {
                     self.counters.budget_exhausted.add();
-                    return Err(failure.into_error(R::OPERATION, plan.resend, address.as_str()));
+                    return Err(failure.into_error(R::OPERATION, resend, address.as_str()));
                 }
                 if redirected { Duration::ZERO } else { at_least.max(backoff(retries, &mut state.rng)) }
             };
             tracing::debug!(%address, cause = failure.message(), ?pause, "retrying");
             self.counters.retries.add();
+            if *doubt {
+                self.counters.repeats.add();
+            }
             retries += 1;
             if elsewhere && !tried.contains(&address) {
                 tried.push(address.clone());
             }
             last = Some((address, failure));
             if Instant::now() + pause >= deadline {
-                return Err(self.spent::<R>(timeout, retries, last, plan));
+                return Err(self.spent(R::OPERATION, timeout, retries, last, plan.route, resend));
             }
             if !pause.is_zero() {
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
-                    () = self.closed.cancelled() => return Err(closed::<R>()),
+                    () = self.closed.cancelled() => return Err(Error::closed(R::OPERATION)),
                 }
             }
         }
+    }
+
+    /// Until when an attempt may last after which another one is possible. Without a retry left to be made, it is the
+    /// last one and has all the time that is left.
+    fn share(&self, timeout: Duration, deadline: Instant) -> Instant {
+        let now = Instant::now();
+        let another = self.state.lock().budget.affords_one(now);
+        if another { deadline.min(now + timeout / ATTEMPTS) } else { deadline }
     }
 
     /// Waits until there is a node to ask.
@@ -260,19 +327,34 @@ impl Shared {
 
     /// The error of a call whose budget is spent between two attempts. What went wrong at last is the better reason:
     /// that time is up says nothing of what to do.
-    fn spent<R: Unary>(&self, timeout: Duration, retries: u32, last: Option<(Address, Failure)>, plan: Plan) -> Error {
-        if let Some((address, failure)) = last {
-            let error = failure.into_error(R::OPERATION, plan.resend, address.as_str());
-            return error.after(format!("{timeout:?} and {retries} retries"));
+    fn spent(
+        &self,
+        operation: &'static str,
+        timeout: Duration,
+        retries: u32,
+        last: Option<(Address, Failure)>,
+        route: Route,
+        resend: Resend,
+    ) -> Error {
+        match last {
+            Some((address, failure)) => {
+                let error = failure.into_error(operation, resend, address.as_str());
+                error.after(format!("{timeout:?} and {retries} retries"))
+            }
+            None => self.unserved(operation, route, timeout),
         }
-        let what = match plan.route {
+    }
+
+    /// The error of a call for which no node was found in time.
+    pub(crate) fn unserved(&self, operation: &'static str, route: Route, timeout: Duration) -> Error {
+        let what = match route {
             Route::Leader => "no leader became known",
             Route::PreferLeader | Route::Any => "no node could be asked",
         };
         let problems = self.state.lock().topology.problems();
         let why = if problems.is_empty() { String::new() } else { format!(": {}", problems.join("; ")) };
         let message = format!("{what} within {timeout:?}{why}");
-        Error::new(R::OPERATION, ErrorKind::Unavailable, Outcome::NotApplied, message)
+        Error::new(operation, ErrorKind::Unavailable, Outcome::NotApplied, message)
     }
 
     fn note_refusal(
@@ -364,10 +446,6 @@ fn is_timeout(status: &tonic::Status) -> bool {
     }
     // The timer of a server's transport comes as text only.
     status.code() == tonic::Code::Cancelled && status.message() == "Timeout expired"
-}
-
-fn closed<R: Unary>() -> Error {
-    Error::new(R::OPERATION, ErrorKind::Closed, Outcome::NotApplied, "the client was closed")
 }
 
 /// Counts an attempt as in flight until it ends, also by being dropped.

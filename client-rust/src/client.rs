@@ -18,6 +18,7 @@ use crate::kv::IntoBytes;
 use crate::namespace::Namespace;
 use crate::options::{ClientBuilder, Options};
 use crate::retry::{Budget, Failure, backoff};
+use crate::session::Sessions;
 use crate::stats::{Counters, Stats};
 use crate::topology::{Address, Topology};
 use crate::watch_link::Links;
@@ -61,6 +62,7 @@ pub(crate) struct Shared {
     pub(crate) runtime: Handle,
     pub(crate) state: Mutex<State>,
     pub(crate) connections: Connections,
+    pub(crate) sessions: Sessions,
     pub(crate) links: Links,
     /// Wakes calls that wait for a node to be available.
     pub(crate) changed: Notify,
@@ -88,6 +90,7 @@ impl Client {
             connections: Connections::new(options.connect_timeout),
             links: Links::default(),
             options,
+            sessions: Sessions::default(),
             runtime: runtime.clone(),
             state: Mutex::new(State {
                 topology: Topology::new(seeds),

@@ -222,6 +222,25 @@ impl Error {
         Self::new(operation, ErrorKind::InvalidArgument, Outcome::NotApplied, message)
     }
 
+    pub(crate) fn closed(operation: &'static str) -> Self {
+        Self::new(operation, ErrorKind::Closed, Outcome::NotApplied, "the client was closed")
+    }
+
+    /// The same, of an operation that needed this one for something.
+    pub(crate) fn of(mut self, operation: &'static str, need: &str) -> Self {
+        self.0.message = format!("{need}: {}", self.0.message);
+        self.0.operation = operation;
+        self
+    }
+
+    /// The same, of a call that was sent before and may have been applied then.
+    pub(crate) fn in_doubt(mut self) -> Self {
+        if self.0.outcome == Outcome::NotApplied {
+            self.0.outcome = Outcome::Unknown;
+        }
+        self
+    }
+
     pub(crate) fn at(mut self, endpoint: &str) -> Self {
         self.0.endpoint = Some(endpoint.to_owned());
         self

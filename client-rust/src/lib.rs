@@ -42,6 +42,7 @@ mod options;
 mod range;
 mod read;
 mod retry;
+mod session;
 mod snapshot_watch;
 mod stats;
 mod topology;

@@ -18,6 +18,7 @@ pub(crate) struct Options {
     pub(crate) call_timeout: Duration,
     pub(crate) connect_timeout: Duration,
     pub(crate) consistency: Option<Consistency>,
+    pub(crate) sessions: bool,
 }
 
 /// Builds a [`Client`].
@@ -50,6 +51,7 @@ impl ClientBuilder {
                 call_timeout: Duration::from_millis(defaults::CLIENT_CALL_TIMEOUT_MS),
                 connect_timeout: Duration::from_millis(defaults::CLIENT_CONNECT_TIMEOUT_MS),
                 consistency: None,
+                sessions: true,
             },
         }
     }
@@ -76,6 +78,15 @@ impl ClientBuilder {
     /// How reads are served that do not say so themselves. Unless set, the server's default policy decides.
     pub fn default_consistency(mut self, consistency: Consistency) -> Self {
         self.options.consistency = Some(consistency);
+        self
+    }
+
+    /// Whether writes go under a session, so that each is applied once however often it had to be sent; they do unless
+    /// this says otherwise. Without, a write is sent again only if it was certainly not applied, and ends with
+    /// [`Outcome::Unknown`](crate::Outcome::Unknown) sooner. That saves registering a session: for tools that write
+    /// once and end, and for measuring what a session costs.
+    pub fn sessions(mut self, sessions: bool) -> Self {
+        self.options.sessions = sessions;
         self
     }
 

@@ -1,6 +1,7 @@
 //! Whether a failed attempt may be repeated, where, and how soon. Pure: no clock, no randomness of its own.
 //!
-//! The rule that matters: a write is repeated only if it was certainly not applied.
+//! The rule that matters: a write is repeated only if it was certainly not applied, or if applying it again changes
+//! nothing, which a session ensures.
 
 use std::error::Error as StdError;
 use std::sync::Arc;
@@ -95,25 +96,41 @@ const ELSEWHERE: Decision = Decision::Retry { elsewhere: true, at_least: Duratio
 
 /// Decides over a failed attempt.
 pub(crate) fn decide(failure: &Failure, resend: Resend) -> Decision {
-    let idempotent = resend == Resend::Idempotent;
+    let repeatable = resend != Resend::IfNotApplied;
     match failure {
         Failure::NotSent(_) | Failure::Silent { sent: false, .. } => ELSEWHERE,
-        Failure::Lost(_) | Failure::Silent { .. } if idempotent => ELSEWHERE,
+        Failure::Lost(_) | Failure::Silent { .. } if repeatable => ELSEWHERE,
         Failure::Lost(_) | Failure::Silent { .. } | Failure::Foreign(_) | Failure::Closed { .. } => Decision::GiveUp,
-        Failure::Refused(status) => {
-            let safe = idempotent || status.detail.retry_safe || status.outcome() == v1::Outcome::NotApplied;
-            let at_least = Duration::from_millis(status.detail.backoff_ms);
-            match status.code().map_or(RetryWhere::Never, ErrorCode::retry) {
-                RetryWhere::Leader if safe => Decision::Retry { elsewhere: true, at_least },
-                // An attempt of a read has only a part of the call's time, so its end is not the call's.
-                RetryWhere::Here if idempotent && status.code() == Some(ErrorCode::DeadlineExceeded) => {
-                    Decision::Retry { elsewhere: true, at_least }
-                }
-                // A limit that may be lifted comes with a suggestion when; another one is the request's own fault.
-                RetryWhere::Here if safe && !at_least.is_zero() => Decision::Retry { elsewhere: idempotent, at_least },
-                _ => Decision::GiveUp,
-            }
+        Failure::Refused(status) => decide_refusal(status, resend),
+    }
+}
+
+fn decide_refusal(status: &DetailedStatus, resend: Resend) -> Decision {
+    let Some(code) = status.code() else { return Decision::GiveUp };
+    let at_least = Duration::from_millis(status.detail.backoff_ms);
+    let elsewhere = Decision::Retry { elsewhere: true, at_least };
+    let repeatable = resend != Resend::IfNotApplied;
+    let safe = repeatable || status.detail.retry_safe || status.outcome() == v1::Outcome::NotApplied;
+    match code.retry() {
+        RetryWhere::Leader if safe => elsewhere,
+        // An attempt that can be repeated has only a part of the call's time, so its end is not the call's.
+        RetryWhere::Here if repeatable && code == ErrorCode::DeadlineExceeded => elsewhere,
+        // A limit that may be lifted comes with a suggestion when; another one is the request's own fault.
+        RetryWhere::Here if safe && !at_least.is_zero() => {
+            Decision::Retry { elsewhere: resend == Resend::Idempotent, at_least }
         }
+        // The next leader knows what became of it, or applies it now.
+        _ if resend == Resend::Repeatable && leaves_open(code, status.outcome()) => elsewhere,
+        _ => Decision::GiveUp,
+    }
+}
+
+/// Whether a copy of the call could still tell what became of a write that was refused like this.
+fn leaves_open(code: ErrorCode, outcome: v1::Outcome) -> bool {
+    match code {
+        // They say that nobody can.
+        ErrorCode::AlreadyAcknowledged | ErrorCode::SessionExpired | ErrorCode::WrongCluster => false,
+        _ => matches!(outcome, v1::Outcome::Unknown | v1::Outcome::Unspecified),
     }
 }
 
@@ -137,6 +154,14 @@ impl Failure {
             Self::Refused(status) => status.code().into(),
             Self::Foreign(_) => ErrorKind::WrongCluster,
             Self::Closed { .. } => ErrorKind::Closed,
+        }
+    }
+
+    /// The code of a server that refused.
+    pub(crate) fn code(&self) -> Option<ErrorCode> {
+        match self {
+            Self::Refused(status) => status.code(),
+            _ => None,
         }
     }
 
@@ -197,12 +222,17 @@ impl Budget {
         self.tokens = (self.tokens + Self::PER_CALL).min(Self::CAPACITY);
     }
 
-    /// Takes the token of one retry; false if there is none.
-    pub(crate) fn withdraw(&mut self, now: Instant) -> bool {
+    /// Whether a retry could be made.
+    pub(crate) fn affords_one(&mut self, now: Instant) -> bool {
         let trickle = now.saturating_duration_since(self.refilled).as_secs_f64() * Self::PER_SECOND;
         self.refilled = now;
         self.tokens = (self.tokens + trickle).min(Self::CAPACITY);
-        let granted = self.tokens >= 1.0;
+        self.tokens >= 1.0
+    }
+
+    /// Takes the token of one retry; false if there is none.
+    pub(crate) fn withdraw(&mut self, now: Instant) -> bool {
+        let granted = self.affords_one(now);
         if granted {
             self.tokens -= 1.0;
         }

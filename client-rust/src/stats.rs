@@ -14,6 +14,11 @@ pub struct Stats {
     pub unknown_outcomes: u64,
     /// Attempts beyond the first of their call.
     pub retries: u64,
+    /// Retries among them of writes that may have been applied before: those are applied once, thanks to the session or
+    /// to their nature.
+    pub repeats: u64,
+    /// Sessions registered.
+    pub sessions: u64,
     /// Answers that sent a call from a node that does not lead to another one.
     pub redirects: u64,
     /// Retries not made because the retry budget was used up.
@@ -32,6 +37,8 @@ pub(crate) struct Counters {
     pub(crate) failures: Counter,
     pub(crate) unknown_outcomes: Counter,
     pub(crate) retries: Counter,
+    pub(crate) repeats: Counter,
+    pub(crate) sessions: Counter,
     pub(crate) redirects: Counter,
     pub(crate) budget_exhausted: Counter,
     pub(crate) refreshes: Counter,
@@ -58,6 +65,8 @@ impl Counters {
             failures: self.failures.get(),
             unknown_outcomes: self.unknown_outcomes.get(),
             retries: self.retries.get(),
+            repeats: self.repeats.get(),
+            sessions: self.sessions.get(),
             redirects: self.redirects.get(),
             budget_exhausted: self.budget_exhausted.get(),
             leader_changes,

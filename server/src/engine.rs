@@ -20,6 +20,7 @@ use prost::Message;
 use crate::consensus::{Consensus, LeaderInfo, ProposeError, ReadIndexError, Role};
 use crate::state_machine::kv::{self, KvError, KvStateMachine, PastStore, ReadError, ReadPoint, Store};
 use crate::storage::{StorageError, disk_bytes};
+use crate::watch::{Hub, WatchError};
 
 /// When a call must have its answer.
 pub type Deadline = tokio::time::Instant;
@@ -115,6 +116,9 @@ pub enum EngineError {
     /// The disk failed.
     #[error("{0}")]
     Storage(Arc<StorageError>),
+    /// A watch that cannot begin or go on.
+    #[error("{0}")]
+    Watch(WatchError),
 }
 
 impl EngineError {
@@ -135,6 +139,7 @@ impl EngineError {
             Self::LeadershipLost => (ErrorCode::LeadershipLost, Unknown),
             Self::Stopped => (ErrorCode::Unavailable, Unknown),
             Self::Storage(_) => (ErrorCode::Internal, NotApplied),
+            Self::Watch(error) => (error.code(), NotApplied),
         };
         v1::ErrorDetail {
             code: code.number(),
@@ -167,21 +172,24 @@ pub struct Engine {
 struct Inner {
     consensus: Consensus,
     kv: Arc<KvStateMachine>,
+    /// `None`: switched off.
+    watches: Option<Hub>,
     read_policy: ReadPolicy,
     data_directories: Vec<std::path::PathBuf>,
     started: Instant,
 }
 
 impl Engine {
-    /// Joins a consensus node and its state machine.
+    /// Joins a consensus node, its state machine, and the watches of that unless they are switched off.
     #[must_use]
     pub fn new(
         consensus: Consensus,
         kv: Arc<KvStateMachine>,
+        watches: Option<Hub>,
         read_policy: ReadPolicy,
         data_directories: Vec<std::path::PathBuf>,
     ) -> Self {
-        let inner = Inner { consensus, kv, read_policy, data_directories, started: Instant::now() };
+        let inner = Inner { consensus, kv, watches, read_policy, data_directories, started: Instant::now() };
         Self { inner: Arc::new(inner) }
     }
 
@@ -358,6 +366,12 @@ impl Engine {
         self.inner.consensus.leader().is_none().then(|| "no leader is known: waiting for a quorum".to_owned())
     }
 
+    /// The watches of this node, unless they are switched off.
+    #[must_use]
+    pub fn watches(&self) -> Option<&Hub> {
+        self.inner.watches.as_ref()
+    }
+
     /// The consensus node below.
     #[must_use]
     pub fn consensus(&self) -> &Consensus {
@@ -480,7 +494,7 @@ impl Engine {
         }
     }
 
-    fn header(&self, revision: Revision) -> Option<v1::ResponseHeader> {
+    pub(crate) fn header(&self, revision: Revision) -> Option<v1::ResponseHeader> {
         let consensus = &self.inner.consensus;
         Some(v1::ResponseHeader {
             cluster_id: consensus.cluster_id().unwrap_or(0),
@@ -508,7 +522,7 @@ impl Engine {
         EngineError::NotLeader { node, hint: self.leader_hint().filter(|hint| hint.node_id != node.get()) }
     }
 
-    fn unavailable(&self, reason: impl Into<String>) -> EngineError {
+    pub(crate) fn unavailable(&self, reason: impl Into<String>) -> EngineError {
         EngineError::Unavailable { node: self.inner.consensus.node_id(), reason: reason.into() }
     }
 

@@ -15,3 +15,4 @@ pub mod node;
 pub mod services;
 pub mod state_machine;
 pub mod storage;
+pub mod watch;

@@ -25,6 +25,10 @@ pub const BATCH_BYTES_MAX: usize = 1 << 20;
 /// Commands that share a log entry. Keeps the time to apply one entry far below a heartbeat.
 pub const BATCH_COMMANDS_MAX: usize = 8192;
 
+/// Leases and sessions that one log entry ends at most. What else is due ends with the next entries, so that none takes
+/// long to apply.
+pub const EXPIRIES_PER_ENTRY_MAX: usize = 1000;
+
 /// Log entries proposed and not yet applied. One in flight costs 15 to 30 % of the throughput; beyond 16 nothing is
 /// gained.
 pub const ENTRIES_IN_FLIGHT_MAX: usize = 16;
@@ -81,6 +85,31 @@ pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 
 /// The longest deadline a call can have; a client that asks for more gets this.
 pub const CALL_TIMEOUT_MAX: Duration = Duration::from_secs(60);
+
+/// Watches of a node. An idle one costs about a kilobyte.
+pub const WATCHES_MAX: usize = 262_144;
+
+/// Watches of one stream.
+pub const WATCHES_PER_STREAM_MAX: usize = 65_536;
+
+/// Bytes of events, encoded form included, that a node keeps for those who watch and are a little slow. Who is slower
+/// is served from the memory of the state machine, and then from disk.
+pub const WATCH_WINDOW_BYTES_MAX: usize = 32 << 20;
+
+/// Bytes of an answer with events, unless a single event is larger.
+pub const WATCH_FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes of changes that a watch which is behind looks through in one step.
+pub const WATCH_CHUNK_BYTES: usize = 256 << 10;
+
+/// Watches of a node that read the history on disk at the same time.
+pub const WATCH_READERS_MAX: usize = 8;
+
+/// Watches of one stream that read the history on disk at the same time, or hold what they read.
+pub const WATCH_READS_PER_LANE_MAX: usize = 2;
+
+/// How often an idle watch is told how far the store has come.
+pub const WATCH_BOOKMARK_PERIOD: Duration = Duration::from_secs(5);
 
 /// Connections to the monitoring port at the same time.
 pub const MONITORING_CONNECTIONS_MAX: usize = 64;
@@ -151,6 +180,10 @@ const _: () = {
     assert!(HEARTBEAT_MS_MIN * HEARTBEATS_PER_LEASE_DEFAULT <= LEASE_MS_MIN);
     assert!(HEARTBEATS_PER_ELECTION_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
     assert!(HEARTBEATS_PER_LEASE_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
+    // The largest event, a large value over another one, and what frames it fit in the 4 MiB that stubs accept.
+    assert!(2 * REQUEST_BYTES_MAX + 4 * protocol::KEY_BYTES_MAX as usize + 1024 < 4 << 20);
+    assert!(WATCH_FRAME_BYTES_MAX + 1024 < 4 << 20);
+    assert!(WATCHES_PER_STREAM_MAX <= WATCHES_MAX);
     assert!(CALL_TIMEOUT_DEFAULT.as_millis() <= CALL_TIMEOUT_MAX.as_millis());
     // Storage and peers have files left when the monitoring port is full.
     assert!(2 * MONITORING_CONNECTIONS_MAX < FILES_RESERVED);

@@ -34,6 +34,11 @@ pub struct Metrics {
     committed_index: Gauge,
     applied_index: Gauge,
     pending_bytes: Gauge,
+    watches: Gauge,
+    watch_events: Counter,
+    watch_bookmarks: Counter,
+    watch_overruns: Counter,
+    watch_history_reads: Counter,
     revision: Gauge,
     keys: Gauge,
     resident_memory: Gauge,
@@ -93,6 +98,11 @@ impl Metrics {
             committed_index: Gauge::default(),
             applied_index: Gauge::default(),
             pending_bytes: Gauge::default(),
+            watches: Gauge::default(),
+            watch_events: Counter::default(),
+            watch_bookmarks: Counter::default(),
+            watch_overruns: Counter::default(),
+            watch_history_reads: Counter::default(),
             revision: Gauge::default(),
             keys: Gauge::default(),
             resident_memory: Gauge::default(),
@@ -129,6 +139,12 @@ impl Metrics {
             "Time of one group write to the log, fsync included",
             log_write,
         );
+        registry.register("watches", "Watches of this node", self.watches.clone());
+        registry.register("watch_events", "Events handed to watches", self.watch_events.clone());
+        registry.register("watch_bookmarks", "Bookmarks handed to watches", self.watch_bookmarks.clone());
+        registry.register("watch_overruns", "Times a watch fell behind", self.watch_overruns.clone());
+        let reads = self.watch_history_reads.clone();
+        registry.register("watch_history_reads", "Reads of the history by watches that are behind", reads);
         registry.register("store_revision", "Revision of the store", self.revision.clone());
         registry.register("store_keys", "Keys in the store", self.keys.clone());
         registry.register("process_resident_memory_bytes", "Resident memory", self.resident_memory.clone());
@@ -177,6 +193,36 @@ impl Metrics {
     /// A group of log operations was written and made durable.
     pub fn log_write(&self, elapsed: Duration) {
         self.log_write_duration.observe(elapsed.as_secs_f64());
+    }
+
+    /// A watch began.
+    pub fn watch_opened(&self) {
+        self.watches.inc();
+    }
+
+    /// A watch ended.
+    pub fn watch_closed(&self) {
+        self.watches.dec();
+    }
+
+    /// A watch took this many events.
+    pub fn watch_events(&self, events: usize) {
+        self.watch_events.inc_by(events as u64);
+    }
+
+    /// A watch took a bookmark.
+    pub fn watch_bookmark(&self) {
+        self.watch_bookmarks.inc();
+    }
+
+    /// A watch was too slow for what is kept for it, and catches up.
+    pub fn watch_overrun(&self) {
+        self.watch_overruns.inc();
+    }
+
+    /// A watch that is behind needs the history on disk.
+    pub fn watch_history_read(&self) {
+        self.watch_history_reads.inc();
     }
 
     /// Everything, in the text format of OpenMetrics.

@@ -16,6 +16,7 @@ use crate::monitoring;
 use crate::services::{self, ServeError};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::{RocksDBStorageEngine, StorageError};
+use crate::watch::{Hub, HubSettings};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
 const LOG_DIRECTORY: &str = "log";
@@ -76,7 +77,9 @@ impl Node {
             default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
         };
-        let engine = Engine::new(consensus, kv, read_policy, vec![config.cluster.db_root_dir.clone()]);
+        let watches =
+            config.raft.watch.enabled.then(|| Hub::start(kv.clone(), HubSettings::default(), metrics.clone()));
+        let engine = Engine::new(consensus, kv, watches, read_policy, vec![config.cluster.db_root_dir.clone()]);
 
         let (stop, stopped) = watch::channel(false);
         let serving =

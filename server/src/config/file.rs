@@ -151,7 +151,7 @@ impl FileConfig {
         set_optional(&mut target.election.timeout_max, election_timeout_max.map(Duration::from_millis));
         set_optional(&mut target.election.heartbeat_interval, heartbeat_interval.map(Duration::from_millis));
         set(&mut target.snapshot_enabled, raft.snapshot.enable);
-        set(&mut target.watch_enabled, raft.watch.enabled);
+        set(&mut target.watch.enabled, raft.watch.enabled);
         set(&mut target.lease_enabled, raft.state_machine.lease.enabled);
         set(&mut target.backpressure.max_pending_bytes, raft.backpressure.max_pending_bytes);
 

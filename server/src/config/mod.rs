@@ -131,10 +131,17 @@ pub struct RaftConfig {
     pub backpressure: BackpressureConfig,
     /// `[raft.snapshot] enable`; not supported yet.
     pub snapshot_enabled: bool,
-    /// `[raft.watch] enabled`; not supported yet.
-    pub watch_enabled: bool,
+    /// `[raft.watch]`
+    pub watch: WatchConfig,
     /// `[raft.state_machine.lease] enabled`; not supported yet.
     pub lease_enabled: bool,
+}
+
+/// Watches.
+#[derive(Clone, Debug)]
+pub struct WatchConfig {
+    /// Whether this node serves them.
+    pub enabled: bool,
 }
 
 /// How reads are served unless the request says otherwise.
@@ -272,6 +279,12 @@ impl Default for ReadConsistencyConfig {
             lease_duration: Duration::from_millis(limits::LEASE_MS_DEFAULT),
             allow_client_override: true,
         }
+    }
+}
+
+impl Default for WatchConfig {
+    fn default() -> Self {
+        Self { enabled: true }
     }
 }
 

@@ -376,7 +376,6 @@ fn what_would_silently_not_be_honoured_is_refused_as_not_supported_yet() {
     for (text, key) in [
         ("[raft.persistence]\nstrategy = \"MemFirst\"", "raft.persistence.strategy"),
         ("[raft.snapshot]\nenable = true", "raft.snapshot.enable"),
-        ("[raft.watch]\nenabled = true", "raft.watch.enabled"),
         ("[raft.state_machine.lease]\nenabled = true", "raft.state_machine.lease.enabled"),
         ("[tls]\nenabled = true", "tls.enabled"),
         ("[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\", status = 1 }]", "cluster.initial_cluster"),

@@ -30,10 +30,9 @@ fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: 
 fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     let joining = config.cluster.initial_cluster.iter().any(|member| member.status == MemberStatus::Joining);
     let mem_first = config.raft.persistence.strategy == PersistenceStrategy::MemFirst;
-    let features: [(bool, &'static str, &'static str, &'static str); 6] = [
+    let features: [(bool, &'static str, &'static str, &'static str); 5] = [
         (mem_first, "raft.persistence.strategy", "\"MemFirst\"", "use \"DiskFirst\""),
         (config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out"),
-        (config.raft.watch_enabled, "raft.watch.enabled", "true", "set it to false or leave it out"),
         (config.raft.lease_enabled, "raft.state_machine.lease.enabled", "true", "set it to false or leave it out"),
         (config.tls.enabled, "tls.enabled", "true", "set it to false or leave it out"),
         (joining, "cluster.initial_cluster", "status \"joining\"", "list the founding members only, as \"active\""),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use d_engine_proto::v1::{cluster_server, kv_server};
+use d_engine_proto::v1::{cluster_server, kv_server, watch_server};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -22,7 +22,7 @@ pub(super) async fn follow(engine: Engine, reporter: HealthReporter) {
         let ready = engine.problem().is_none();
         if reported != Some(ready) {
             let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for service in ["", kv_server::SERVICE_NAME] {
+            for service in ["", kv_server::SERVICE_NAME, watch_server::SERVICE_NAME] {
                 reporter.set_service_status(service, status).await;
             }
             reported = Some(ready);

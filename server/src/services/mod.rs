@@ -14,6 +14,7 @@ mod observe;
 mod server;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 pub use error::ServeError;
 pub use listener::{bind, raise_open_files_limit};

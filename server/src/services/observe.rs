@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 const PACKAGE: &str = "/d_engine.v1.";
 
 /// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
-const METHODS: [&str; 10] = [
+const METHODS: [&str; 11] = [
     "Cluster/Members",
     "Cluster/Status",
     "Kv/CompareAndSwap",
@@ -27,6 +27,7 @@ const METHODS: [&str; 10] = [
     "Kv/Put",
     "Kv/Range",
     "Kv/Txn",
+    "Watch/Watch",
 ];
 
 /// For an axum middleware around the services.

@@ -15,6 +15,7 @@ use super::deadline::Deadlines;
 use super::error::ServeError;
 use super::listener::{End, Listener, affordable};
 use super::observe::observe;
+use super::watch::WatchService;
 use super::{Service, health};
 use crate::config::RaftNodeConfig;
 use crate::consensus::PeerServer;
@@ -47,6 +48,7 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
         let message_max = limits::CLIENT_MESSAGE_BYTES_MAX;
         let routes = Routes::new(KvServer::from_arc(service.clone()).max_decoding_message_size(message_max))
             .add_service(ClusterServer::from_arc(service).max_decoding_message_size(message_max))
+            .add_service(WatchService::new(engine.clone()))
             .add_service(peers)
             .add_service(health_service)
             .add_service(reflection);
@@ -77,8 +79,13 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
         });
 
         let (draining, mut drain) = watch::channel(false);
+        let watches = engine.watches().cloned();
         let shutdown = async move {
             shutdown.await;
+            // They would never end by themselves.
+            if let Some(watches) = watches {
+                watches.stop();
+            }
             draining.send_replace(true);
         };
         let serving = server.serve_with_incoming_shutdown(incoming, shutdown);

@@ -1,5 +1,7 @@
 //! The services of a real node of one, over a real port: what a client sees of errors, limits and bad input.
 
+mod watch;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +30,7 @@ use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::{Figures, Metrics};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::MemoryStorageEngine;
+use crate::watch::{Hub, HubSettings};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -63,7 +66,9 @@ impl Node {
         let (consensus, peers) =
             Consensus::start(consensus_config, storage, kv.clone(), metrics.clone()).await.unwrap();
         let policy = ReadPolicy { default: v1::Consistency::Linearizable, allow_client_override: true };
-        let engine = Engine::new(consensus, kv, policy, vec![directory.path().to_owned()]);
+        let watches =
+            config.raft.watch.enabled.then(|| Hub::start(kv.clone(), HubSettings::default(), metrics.clone()));
+        let engine = Engine::new(consensus, kv, watches, policy, vec![directory.path().to_owned()]);
         let (stop, stopped) = oneshot::channel();
         let shutdown = async {
             let _ = stopped.await;

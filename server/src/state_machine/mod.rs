@@ -15,6 +15,29 @@ use crate::storage::{LogPosition, StorageError};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StoreTime(pub Duration);
 
+impl StoreTime {
+    /// The moment so many milliseconds later.
+    #[must_use]
+    pub fn after_ms(self, milliseconds: u64) -> Self {
+        Self(self.0.saturating_add(Duration::from_millis(milliseconds)).min(Self::END.0))
+    }
+
+    /// As it is stored.
+    #[must_use]
+    pub fn as_nanos(self) -> u64 {
+        u64::try_from(self.0.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// From how it was stored.
+    #[must_use]
+    pub const fn from_nanos(nanoseconds: u64) -> Self {
+        Self(Duration::from_nanos(nanoseconds))
+    }
+
+    /// The last one that can be stored, after centuries.
+    const END: Self = Self::from_nanos(u64::MAX);
+}
+
 /// A committed log entry, handed over exactly once per run and in log order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommittedEntry {

@@ -27,6 +27,8 @@ pub(super) struct Layout {
     pub(super) kind: &'static str,
     /// The newest format known, and the one written.
     pub(super) version: u32,
+    /// The oldest format that can still be read.
+    pub(super) oldest: u32,
 }
 
 /// A directory of ours, held against other processes until dropped.
@@ -42,8 +44,9 @@ impl Directory {
     /// Takes the directory at `path`, making it if there is none.
     ///
     /// # Errors
-    /// [`StorageError::Locked`], [`StorageError::Foreign`], [`StorageError::NewerFormat`], [`StorageError::Corrupt`] or
-    /// [`StorageError::Io`]; a directory that was there is unchanged then.
+    /// [`StorageError::Locked`], [`StorageError::Foreign`], [`StorageError::NewerFormat`],
+    /// [`StorageError::OlderFormat`], [`StorageError::Corrupt`] or [`StorageError::Io`]; a directory that was there is
+    /// unchanged then.
     pub(super) fn claim(path: &Path, layout: Layout) -> Result<Self, StorageError> {
         if path.exists() && !path.is_dir() {
             return Err(StorageError::Foreign { path: path.into(), message: "it is a file".into() });
@@ -202,6 +205,9 @@ fn check_marker(text: &str, path: &Path, layout: Layout) -> Result<(), StorageEr
     if version > layout.version {
         return Err(StorageError::NewerFormat { path: path.into(), found: version, supported: layout.version });
     }
+    if version < layout.oldest {
+        return Err(StorageError::OlderFormat { path: path.into(), found: version, supported: layout.oldest });
+    }
     Ok(())
 }
 
@@ -209,7 +215,7 @@ fn check_marker(text: &str, path: &Path, layout: Layout) -> Result<(), StorageEr
 mod tests {
     use super::*;
 
-    const LAYOUT: Layout = Layout { kind: "raft-log", version: 2 };
+    const LAYOUT: Layout = Layout { kind: "raft-log", version: 2, oldest: 1 };
 
     fn names(path: &Path) -> Vec<String> {
         let mut names: Vec<_> =
@@ -286,6 +292,7 @@ mod tests {
         assert!(claim("d-engine raft-log 1").is_ok());
         assert!(claim("d-engine raft-log 2").is_ok());
         assert!(matches!(claim("d-engine raft-log 3"), Err(StorageError::NewerFormat { found: 3, supported: 2, .. })));
+        assert!(matches!(claim("d-engine raft-log 0"), Err(StorageError::OlderFormat { found: 0, supported: 1, .. })));
         assert!(matches!(claim("d-engine versions 1"), Err(StorageError::Foreign { .. })));
         assert!(matches!(claim("d-engine raft-log many"), Err(StorageError::Corrupt { .. })));
         assert!(matches!(claim("another-engine raft-log 1"), Err(StorageError::Foreign { .. })));

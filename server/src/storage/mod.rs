@@ -136,7 +136,7 @@ pub trait StorageEngine: Send + Sync + 'static {
 }
 
 /// Why stored data cannot be used. Every variant names the place and the remedy.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum StorageError {
     /// The operating system or RocksDB refused.
     #[error("{action} {}: {message}; check the disk's health and free space, then restart the node", path.display())]
@@ -172,6 +172,20 @@ pub enum StorageError {
         /// Its format.
         found: u32,
         /// The newest format known here.
+        supported: u32,
+    },
+    /// Written by a version too old for this one.
+    #[error(
+        "{} has format {found}, this version reads from {supported} on: move the directory away, remove the member \
+         from the cluster and add it again",
+        path.display()
+    )]
+    OlderFormat {
+        /// The directory.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+        /// The oldest format that can be read here.
         supported: u32,
     },
     /// Not a directory of d-engine's.

@@ -36,7 +36,7 @@ use super::log_state::LogState;
 use super::record::{self, RecordError, STATE_KEY};
 use super::{Durability, LogPosition, LogRecord, StorageEngine, StorageError, StorageOperation, StorageState, tails};
 
-const LAYOUT: Layout = Layout { kind: "raft-log", version: 1 };
+const LAYOUT: Layout = Layout { kind: "raft-log", version: 1, oldest: 1 };
 const STATE_FAMILY: &str = "default";
 const ENTRY_FAMILY: &str = "entries";
 

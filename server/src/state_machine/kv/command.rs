@@ -2,13 +2,30 @@
 //! of these types passed every rule that concerns it alone.
 
 use bytes::Bytes;
-use d_engine_proto::Revision;
 use d_engine_proto::v1::{self, compare, txn_operation};
+use d_engine_proto::{LeaseId, Revision, SessionId, defaults};
 use prost::Message;
 
 use super::error::KvError;
 use super::rules::{self, required};
 use crate::storage::versions::ScanOrder;
+
+/// A command as the log carries it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Proposal {
+    /// `None`: the command is applied as often as it comes.
+    pub(super) call: Option<Call>,
+    pub(super) command: Command,
+}
+
+/// What makes a command exactly-once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Call {
+    pub(super) session: SessionId,
+    pub(super) sequence: u64,
+    pub(super) acknowledged_through: u64,
+    pub(super) payload_hash: u64,
+}
 
 /// A change to the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,14 +33,40 @@ pub(super) enum Command {
     Write(Write),
     CompareAndSwap(CompareAndSwap),
     Txn(Txn),
+    /// `chosen`: the id it shall have, else the store gives one.
+    GrantLease {
+        ttl_ms: u64,
+        chosen: Option<LeaseId>,
+    },
+    RevokeLease(LeaseId),
+    RenewLeases(Vec<LeaseId>),
+    RegisterSession {
+        ttl_ms: u64,
+    },
+    RenewSession(SessionId),
+    CloseSession(SessionId),
+    /// Forgets the history before the revision.
+    Compact(Revision),
+    Tick,
 }
 
 /// A write without a condition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Write {
-    Put { key: Bytes, value: Bytes, return_previous: bool },
+    Put { key: Bytes, value: Bytes, attachment: Attachment, return_previous: bool },
     Delete { key: Bytes, return_previous: bool },
     DeleteRange { interval: Interval, return_previous: bool },
+}
+
+/// The lease that a put attaches its key to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Attachment {
+    None,
+    Lease(LeaseId),
+    /// One made by the put, which ends with the key's next put or deletion.
+    OwnLease {
+        ttl_ms: u64,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +75,7 @@ pub(super) struct CompareAndSwap {
     /// `None`: the key must not exist.
     pub(super) expected: Option<Bytes>,
     pub(super) value: Bytes,
+    pub(super) attachment: Attachment,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +133,7 @@ pub(super) enum RangePart {
     Count,
 }
 
-impl Command {
+impl Proposal {
     /// Reads a command from the log.
     pub(super) fn decode(bytes: &Bytes) -> Result<Self, KvError> {
         let command =
@@ -98,28 +142,70 @@ impl Command {
     }
 }
 
-impl TryFrom<v1::Command> for Command {
+impl TryFrom<v1::Command> for Proposal {
     type Error = KvError;
 
-    fn try_from(command: v1::Command) -> Result<Self, KvError> {
+    fn try_from(proposed: v1::Command) -> Result<Self, KvError> {
+        rules::validate(&proposed)?;
+        let v1::Command { command, session, payload_hash } = proposed;
+        let call = session.map(|v1::SessionCall { session, sequence, acknowledged_through }| Call {
+            session: SessionId(session),
+            sequence,
+            acknowledged_through,
+            payload_hash,
+        });
+        Ok(Self { call, command: required(command, "command")?.try_into()? })
+    }
+}
+
+impl TryFrom<v1::command::Command> for Command {
+    type Error = KvError;
+
+    fn try_from(command: v1::command::Command) -> Result<Self, KvError> {
         use v1::command::Command as Wire;
-        rules::validate(&command)?;
-        Ok(match required(command.command, "command")? {
+        Ok(match command {
             Wire::Put(put) => Self::Write(Write::from(put)),
             Wire::Delete(delete) => Self::Write(Write::from(delete)),
             Wire::DeleteRange(delete) => Self::Write(Write::try_from(delete)?),
-            Wire::CompareAndSwap(v1::CompareAndSwapRequest { key, expected, value, .. }) => {
-                Self::CompareAndSwap(CompareAndSwap { key, expected, value })
+            Wire::CompareAndSwap(v1::CompareAndSwapRequest { key, expected, value, lease, .. }) => {
+                Self::CompareAndSwap(CompareAndSwap { key, expected, value, attachment: Attachment::new(lease, 0) })
             }
             Wire::Txn(txn) => Self::Txn(Txn::convert(txn)?),
-            _ => return Err(KvError::NoQueries),
+            Wire::LeaseGrant(v1::LeaseGrantRequest { ttl_ms, lease, .. }) => {
+                Self::GrantLease { ttl_ms, chosen: Some(LeaseId(lease)).filter(|lease| *lease != LeaseId(0)) }
+            }
+            Wire::LeaseRevoke(revoke) => Self::RevokeLease(LeaseId(revoke.lease)),
+            Wire::LeaseRenewals(renewals) => Self::RenewLeases(renewals.leases.into_iter().map(LeaseId).collect()),
+            Wire::SessionRegister(v1::SessionRegisterRequest { ttl_ms: 0 }) => {
+                Self::RegisterSession { ttl_ms: defaults::SESSION_TTL_MS }
+            }
+            Wire::SessionRegister(v1::SessionRegisterRequest { ttl_ms }) => Self::RegisterSession { ttl_ms },
+            Wire::SessionRenew(renew) => Self::RenewSession(SessionId(renew.session)),
+            Wire::SessionClose(close) => Self::CloseSession(SessionId(close.session)),
+            Wire::Compact(compact) => match required(compact.target, "target")? {
+                v1::compact_request::Target::Revision(revision) => Self::Compact(Revision(revision)),
+                v1::compact_request::Target::OlderThanMs(_) => return Err(KvError::CompactByAge),
+            },
+            Wire::Tick(v1::Tick {}) => Self::Tick,
         })
+    }
+}
+
+impl Attachment {
+    /// At most one of the two is set.
+    fn new(lease: u64, ttl_ms: u64) -> Self {
+        match (lease, ttl_ms) {
+            (0, 0) => Self::None,
+            (0, ttl_ms) => Self::OwnLease { ttl_ms },
+            (lease, _) => Self::Lease(LeaseId(lease)),
+        }
     }
 }
 
 impl From<v1::PutRequest> for Write {
     fn from(put: v1::PutRequest) -> Self {
-        Self::Put { key: put.key, value: put.value, return_previous: put.return_previous }
+        let v1::PutRequest { key, value, lease, ttl_ms, return_previous, .. } = put;
+        Self::Put { key, value, attachment: Attachment::new(lease, ttl_ms), return_previous }
     }
 }
 
@@ -181,12 +267,12 @@ impl Txn {
         })
     }
 
-    /// Whether applying it can fail after it has changed something: its answer may grow too large. The usual ones
-    /// either write or return what is there.
+    /// Whether applying it can fail after it has changed something: its answer may grow too large, or a lease may not
+    /// exist. The usual ones either write or return what is there.
     pub(super) fn may_fail_halfway(&self) -> bool {
         [&self.then, &self.otherwise]
             .into_iter()
-            .any(|branch| branch.iter().any(Operation::writes) && branch.iter().any(Operation::returns_keys))
+            .any(|branch| branch.iter().any(Operation::writes) && branch.iter().any(Operation::may_fail))
     }
 
     fn operations(&self) -> impl Iterator<Item = &Operation> {
@@ -203,15 +289,17 @@ impl Operation {
         }
     }
 
-    fn returns_keys(&self) -> bool {
+    /// Whether it returns keys or attaches one to a lease.
+    fn may_fail(&self) -> bool {
         match self {
             Self::Get(_) | Self::Range(_) => true,
+            Self::Write(Write::Put { attachment: Attachment::Lease(_), .. }) => true,
             Self::Write(
                 Write::Put { return_previous, .. }
                 | Write::Delete { return_previous, .. }
                 | Write::DeleteRange { return_previous, .. },
             ) => *return_previous,
-            Self::Txn(nested) => nested.operations().any(Self::returns_keys),
+            Self::Txn(nested) => nested.operations().any(Self::may_fail),
         }
     }
 

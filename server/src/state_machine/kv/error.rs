@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use d_engine_proto::{ErrorCode, Revision, limits, v1};
+use d_engine_proto::{ErrorCode, LeaseId, Revision, SessionId, limits, v1};
 
+use super::rules::CHOSEN_LEASE_MAX;
 use crate::storage::StorageError;
 
-/// A refusal; nothing changed. Each names what is wrong and what would be right.
+/// A refusal; nothing changed now. Each names what is wrong and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KvError {
     /// A key without bytes.
@@ -78,12 +79,99 @@ pub enum KvError {
     /// A transaction that writes, given to be read.
     #[error("the transaction writes and cannot be served as a read")]
     NotReadOnly,
-    /// A lease that the key should be attached to.
-    #[error("lease {lease} cannot be attached: this version has no leases")]
-    NoLeases {
-        /// The lease asked for.
-        lease: u64,
+    /// A session where it would have no effect.
+    #[error(
+        "session is only allowed on a single write, the outermost request of a transaction, a grant or a revocation"
+    )]
+    MisplacedSession,
+    /// Two ways to attach a key to a lease.
+    #[error("lease and ttl_ms exclude each other")]
+    LeaseAndTtl,
+    /// A time to live out of bounds.
+    #[error("ttl_ms is {ttl_ms}: a time to live has {min_ms} to {max_ms} milliseconds")]
+    TtlOutOfBounds {
+        /// The time to live asked for.
+        ttl_ms: u64,
+        /// The shortest possible.
+        min_ms: u64,
+        /// The longest possible.
+        max_ms: u64,
     },
+    /// A lease id too large to be chosen.
+    #[error("lease is {lease}: an id to choose is at most {CHOSEN_LEASE_MAX}")]
+    LeaseIdTooLarge {
+        /// The id asked for.
+        lease: LeaseId,
+    },
+    /// A lease that is not there, or that one put made for its own key.
+    #[error("lease {lease} does not exist")]
+    LeaseNotFound {
+        /// The lease asked for.
+        lease: LeaseId,
+    },
+    /// An id that is taken.
+    #[error("lease {lease} exists already")]
+    LeaseExists {
+        /// The id asked for.
+        lease: LeaseId,
+    },
+    /// A past revision of leases.
+    #[error("leases can only be read as of now: revision must be unset")]
+    PastLeases,
+    /// A session that is not there.
+    #[error("session {session} does not exist: it expired or was closed")]
+    SessionExpired {
+        /// The session asked for.
+        session: SessionId,
+    },
+    /// A session too many.
+    #[error("{} sessions exist, as many as there may be (sessions_max)", limits::SESSIONS_MAX)]
+    TooManySessions,
+    /// A sequence that stands for another command.
+    #[error("sequence {sequence} was used for another command")]
+    SequenceReused {
+        /// The sequence of the call.
+        sequence: u64,
+    },
+    /// A sequence whose answer, if there ever was one, is forgotten.
+    #[error("sequence {sequence} is acknowledged: the session's answers are forgotten through {acknowledged_through}")]
+    AlreadyAcknowledged {
+        /// The sequence of the call.
+        sequence: u64,
+        /// The greatest sequence acknowledged.
+        acknowledged_through: u64,
+    },
+    /// A call that was applied, with an answer too large to be kept.
+    #[error(
+        "sequence {sequence} was applied, but its answer had more than {} bytes and was not kept \
+         (session_answer_bytes_max)",
+        limits::SESSION_ANSWER_BYTES_MAX
+    )]
+    AnswerNotKept {
+        /// The sequence of the call.
+        sequence: u64,
+    },
+    /// A sequence too far ahead.
+    #[error(
+        "sequence {sequence} is more than {} above the acknowledged {acknowledged_through} (session_window_calls): \
+         acknowledge answers first",
+        limits::SESSION_WINDOW_CALLS
+    )]
+    BeyondWindow {
+        /// The sequence of the call.
+        sequence: u64,
+        /// The greatest sequence acknowledged.
+        acknowledged_through: u64,
+    },
+    /// A session that keeps too many answers to take another call.
+    #[error(
+        "the session keeps answers of almost {} bytes (session_answers_bytes_max): acknowledge some first",
+        limits::SESSION_ANSWERS_BYTES_MAX
+    )]
+    TooManyAnswers,
+    /// A compaction in the log that does not name a revision.
+    #[error("older_than_ms must be resolved to a revision before it is proposed")]
+    CompactByAge,
     /// Keys and values that would not fit in an answer.
     #[error(
         "the answer would have more than {} bytes (answer_bytes_max): ask for fewer keys or previous values, or for a \
@@ -137,10 +225,32 @@ impl KvError {
             | Self::MisplacedReadOptions
             | Self::NotReadOnly
             | Self::AnswerTooLarge
+            | Self::MisplacedSession
+            | Self::LeaseAndTtl
+            | Self::TtlOutOfBounds { .. }
+            | Self::LeaseIdTooLarge { .. }
+            | Self::PastLeases
+            | Self::SequenceReused { .. }
+            | Self::CompactByAge
             | Self::Undecodable { .. } => ErrorCode::InvalidArgument,
-            Self::NoLeases { .. } | Self::NoQueries => ErrorCode::Unsupported,
+            Self::NoQueries => ErrorCode::Unsupported,
+            Self::LeaseNotFound { .. } => ErrorCode::LeaseNotFound,
+            Self::LeaseExists { .. } => ErrorCode::LeaseExists,
+            Self::SessionExpired { .. } => ErrorCode::SessionExpired,
+            Self::AlreadyAcknowledged { .. } | Self::AnswerNotKept { .. } => ErrorCode::AlreadyAcknowledged,
+            Self::TooManySessions | Self::BeyondWindow { .. } | Self::TooManyAnswers => ErrorCode::ResourceExhausted,
             Self::Compacted { .. } => ErrorCode::Compacted,
             Self::FutureRevision { .. } => ErrorCode::FutureRevision,
+        }
+    }
+
+    /// What became of the command.
+    #[must_use]
+    pub fn outcome(&self) -> v1::Outcome {
+        match self {
+            Self::AlreadyAcknowledged { .. } => v1::Outcome::Unknown,
+            Self::AnswerNotKept { .. } => v1::Outcome::Applied,
+            _ => v1::Outcome::NotApplied,
         }
     }
 
@@ -157,7 +267,12 @@ impl KvError {
 
 impl From<KvError> for v1::CommandError {
     fn from(refusal: KvError) -> Self {
-        Self { code: refusal.code().number().unsigned_abs(), message: refusal.to_string(), ..Self::default() }
+        let outcome = match refusal.outcome() {
+            v1::Outcome::NotApplied => v1::Outcome::Unspecified,
+            outcome => outcome,
+        };
+        let code = refusal.code().number().unsigned_abs();
+        Self { code, message: refusal.to_string(), outcome: outcome.into() }
     }
 }
 

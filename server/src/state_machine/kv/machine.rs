@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! apply ──▶ Store ──▶ published for readers ──▶ answers
-//!             └─────▶ changes ──▶ VersionStore (written behind)
+//!             └─────▶ changes, leases, sessions ──▶ VersionStore (written behind)
 //! ```
 
 use std::path::Path;
@@ -27,7 +27,7 @@ use crate::storage::{LogPosition, StorageError};
 /// The state machine of the product. Readers never wait for `apply`, nor it for them.
 pub struct KvStateMachine {
     /// The store after the last entry applied, replaced as a whole.
-    current: ArcSwap<Store>,
+    current: Arc<ArcSwap<Store>>,
     /// Held by the one who applies: `current` is read, changed and replaced as one step.
     applying: Mutex<()>,
     versions: Arc<VersionStore>,
@@ -59,15 +59,18 @@ impl KvStateMachine {
     /// # Errors
     /// [`StorageError::Corrupt`] or [`StorageError::Io`].
     pub fn load(versions: VersionStore) -> Result<Self, StorageError> {
-        let state = versions.recovered().clone();
+        let restored = Store::restore(versions.recovered().clone(), &versions.recovered_records()?);
+        let mut store = restored.map_err(|violation| versions.contradiction(violation.to_string()))?;
         // As of any revision there could be: one beyond the state's is found out below.
         let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
-        let store = Store::restore(state, || newest.advance())?;
+        while let Some(version) = newest.advance()? {
+            store.restore_key(version);
+        }
         drop(newest);
         store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
         let (revision, _) = watch::channel(store.revision());
         let recent = Recent::after(store.revision());
-        let current = ArcSwap::from_pointee(store);
+        let current = Arc::new(ArcSwap::from_pointee(store));
         Ok(Self { current, applying: Mutex::new(()), versions: Arc::new(versions), recent, revision })
     }
 
@@ -92,7 +95,7 @@ impl KvStateMachine {
         } else if revision < minimum {
             Err(KvError::Compacted { requested: revision, minimum })
         } else {
-            Ok(ReadPoint::Past(PastRevision::new(Arc::clone(&self.versions), revision)))
+            Ok(ReadPoint::Past(PastRevision::new(Arc::clone(&self.versions), Arc::clone(&self.current), revision)))
         }
     }
 
@@ -101,6 +104,19 @@ impl KvStateMachine {
     #[must_use]
     pub fn changes_after(&self, revision: Revision) -> Option<Vec<Arc<Vec<Change>>>> {
         self.recent.after_revision(revision)
+    }
+
+    /// As [`changes_after`](Self::changes_after), but no more entries than it takes to reach `bytes_max`, and at least
+    /// one if there is one.
+    #[must_use]
+    pub fn changes_after_within(&self, revision: Revision, bytes_max: usize) -> Option<Vec<Arc<Vec<Change>>>> {
+        self.recent.after_revision_within(revision, bytes_max.max(1))
+    }
+
+    /// Keeps fewer changes in memory, so that a short test goes beyond it many times.
+    #[cfg(test)]
+    pub(crate) fn with_recent_bytes(self, bytes_max: usize) -> Self {
+        Self { recent: self.recent.bounded(bytes_max), ..self }
     }
 
     /// The history on disk, to which changes come late.
@@ -130,7 +146,7 @@ impl StateMachine for KvStateMachine {
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
         let _applying = self.applying.lock();
         let mut store = Store::clone(&self.current.load());
-        let store::Effects { answers, changes } = store.apply(entry);
+        let store::Effects { answers, changes, records } = store.apply(entry);
         let changes = Arc::new(changes);
         let state = store.state().clone();
         let revision = store.revision();
@@ -140,7 +156,7 @@ impl StateMachine for KvStateMachine {
         if *self.revision.borrow() != revision {
             self.revision.send_replace(revision);
         }
-        self.versions.submit(Submission { changes, records: Vec::new(), state })?;
+        self.versions.submit(Submission { changes, records, state })?;
         Ok(answers)
     }
 

@@ -68,6 +68,29 @@ impl Recent {
         let first = state.entries.partition_point(|entry| entry.last <= revision);
         Some(state.entries.range(first..).map(|entry| Arc::clone(&entry.changes)).collect())
     }
+
+    /// As [`after_revision`](Self::after_revision), but no more entries than it takes to reach `bytes_max`: who reads
+    /// much must not keep the writer from the lock.
+    pub(super) fn after_revision_within(&self, revision: Revision, bytes_max: usize) -> Option<Vec<Arc<Vec<Change>>>> {
+        let state = self.state.lock();
+        if revision < state.after {
+            return None;
+        }
+        let first = state.entries.partition_point(|entry| entry.last <= revision);
+        let mut bytes = 0;
+        let enough = |entry: &&Entry| {
+            let more = bytes < bytes_max;
+            bytes += entry.bytes;
+            more
+        };
+        Some(state.entries.range(first..).take_while(enough).map(|entry| Arc::clone(&entry.changes)).collect())
+    }
+
+    /// With another bound.
+    #[cfg(test)]
+    pub(super) fn bounded(self, bytes_max: usize) -> Self {
+        Self { bytes_max, ..self }
+    }
 }
 
 fn change_bytes(change: &Change) -> usize {
@@ -109,6 +132,10 @@ mod tests {
         assert_eq!(revisions(recent.after_revision(Revision(5))), Some(vec![5, 6, 7]), "from the middle of an entry");
         assert_eq!(revisions(recent.after_revision(Revision(6))), Some(vec![7]));
         assert_eq!(revisions(recent.after_revision(Revision(9))), Some(vec![]));
+        for (bytes_max, expected) in [(0, vec![]), (1, vec![5, 6]), (600, vec![5, 6, 7])] {
+            assert_eq!(revisions(recent.after_revision_within(Revision(4), bytes_max)), Some(expected));
+        }
+        assert_eq!(revisions(recent.after_revision_within(Revision(3), 600)), None);
         recent.push(&entry(8..=9, 1200));
         assert_eq!(revisions(recent.after_revision(Revision(6))), None, "pushed out");
         assert_eq!(revisions(recent.after_revision(Revision(7))), Some(vec![8, 9]));

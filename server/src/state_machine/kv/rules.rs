@@ -5,34 +5,112 @@
 //! is therefore part of what every replica must agree on: changing one needs care in a cluster of mixed versions.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 use bytes::Bytes;
-use d_engine_proto::limits;
-use d_engine_proto::v1::{self, command, txn_operation::Operation};
+use d_engine_proto::v1::{self, command::Command, compact_request, txn_operation::Operation};
+use d_engine_proto::{LeaseId, limits};
 
 use super::error::{KeyText, KvError};
 
-/// Checks a command before it is proposed.
+const LEASE_TTL_MS: RangeInclusive<u64> = limits::LEASE_TTL_MS_MIN..=limits::LEASE_TTL_MS_MAX;
+const SESSION_TTL_MS: RangeInclusive<u64> = limits::SESSION_TTL_MS_MIN..=limits::SESSION_TTL_MS_MAX;
+
+/// The greatest lease id that may be chosen. The store gives ids above all that were ever used: this leaves it enough.
+pub(super) const CHOSEN_LEASE_MAX: u64 = u64::MAX / 2;
+
+/// Checks a command before it is proposed. Its session, if it has one, stands beside it and not in the request.
 ///
 /// # Errors
 /// The first rule broken.
 pub fn validate(command: &v1::Command) -> Result<(), KvError> {
+    let session = command.session.as_ref();
     match required(command.command.as_ref(), "command")? {
-        command::Command::Put(put) => validate_put(put),
-        command::Command::Delete(delete) => validate_key(&delete.key, "key"),
-        command::Command::DeleteRange(delete) => validate_range_bounds(delete.range.as_ref()),
-        command::Command::CompareAndSwap(swap) => {
-            validate_key(&swap.key, "key")?;
-            validate_lease(swap.lease)
+        Command::Put(put) => {
+            validate_session(session, put.session)?;
+            validate_put(put)
         }
-        command::Command::Txn(txn) => {
+        Command::Delete(delete) => {
+            validate_session(session, delete.session)?;
+            validate_key(&delete.key, "key")
+        }
+        Command::DeleteRange(delete) => {
+            validate_session(session, delete.session)?;
+            validate_range_bounds(delete.range.as_ref())
+        }
+        Command::CompareAndSwap(swap) => {
+            validate_session(session, swap.session)?;
+            validate_key(&swap.key, "key")
+        }
+        Command::Txn(txn) => {
+            validate_session(session, txn.session)?;
             if has_options(txn.read.as_ref()) {
                 return Err(KvError::MisplacedReadOptions);
             }
             validate_txn(txn)
         }
-        _ => Err(KvError::NoQueries),
+        Command::LeaseGrant(grant) => {
+            validate_session(session, grant.session)?;
+            validate_lease_grant(grant)
+        }
+        Command::LeaseRevoke(revoke) => {
+            validate_session(session, revoke.session)?;
+            validate_id(revoke.lease, "lease")
+        }
+        Command::LeaseRenewals(_) | Command::Tick(_) => refuse_session(session),
+        Command::SessionRegister(register) => {
+            refuse_session(session)?;
+            if register.ttl_ms == 0 { Ok(()) } else { validate_ttl(register.ttl_ms, SESSION_TTL_MS) }
+        }
+        Command::SessionRenew(renew) => {
+            refuse_session(session)?;
+            validate_id(renew.session, "session")
+        }
+        Command::SessionClose(close) => {
+            refuse_session(session)?;
+            validate_id(close.session, "session")
+        }
+        Command::Compact(compact) => {
+            refuse_session(session)?;
+            match required(compact.target.as_ref(), "target")? {
+                compact_request::Target::Revision(_) => Ok(()),
+                compact_request::Target::OlderThanMs(_) => Err(KvError::CompactByAge),
+            }
+        }
     }
+}
+
+/// Checks the renewal of one lease.
+///
+/// # Errors
+/// The first rule broken.
+pub fn validate_lease_renew(renew: &v1::LeaseRenewRequest) -> Result<(), KvError> {
+    validate_id(renew.lease, "lease")
+}
+
+/// Checks a read of one lease.
+///
+/// # Errors
+/// The first rule broken.
+pub fn validate_lease_time_to_live(request: &v1::LeaseTimeToLiveRequest) -> Result<(), KvError> {
+    validate_id(request.lease, "lease")?;
+    validate_lease_read(request.read.as_ref())
+}
+
+/// Checks a listing of leases.
+///
+/// # Errors
+/// The first rule broken.
+pub fn validate_lease_list(request: &v1::LeaseListRequest) -> Result<(), KvError> {
+    validate_lease_read(request.read.as_ref())
+}
+
+/// Checks a compaction, which may name an age: the log takes revisions only.
+///
+/// # Errors
+/// The first rule broken.
+pub fn validate_compact(request: &v1::CompactRequest) -> Result<(), KvError> {
+    required(request.target.as_ref(), "target").map(drop)
 }
 
 /// Checks a read of one key.
@@ -112,11 +190,49 @@ fn validate_key(key: &[u8], field: &'static str) -> Result<(), KvError> {
 
 fn validate_put(put: &v1::PutRequest) -> Result<(), KvError> {
     validate_key(&put.key, "key")?;
-    validate_lease(put.lease)
+    if put.lease != 0 && put.ttl_ms != 0 {
+        return Err(KvError::LeaseAndTtl);
+    }
+    if put.ttl_ms == 0 { Ok(()) } else { validate_ttl(put.ttl_ms, LEASE_TTL_MS) }
 }
 
-fn validate_lease(lease: u64) -> Result<(), KvError> {
-    if lease == 0 { Ok(()) } else { Err(KvError::NoLeases { lease }) }
+fn validate_lease_grant(grant: &v1::LeaseGrantRequest) -> Result<(), KvError> {
+    if grant.lease > CHOSEN_LEASE_MAX {
+        return Err(KvError::LeaseIdTooLarge { lease: LeaseId(grant.lease) });
+    }
+    validate_ttl(grant.ttl_ms, LEASE_TTL_MS)
+}
+
+fn validate_ttl(ttl_ms: u64, bounds: RangeInclusive<u64>) -> Result<(), KvError> {
+    if bounds.contains(&ttl_ms) {
+        return Ok(());
+    }
+    Err(KvError::TtlOutOfBounds { ttl_ms, min_ms: *bounds.start(), max_ms: *bounds.end() })
+}
+
+/// Neither leases nor sessions have the id 0.
+fn validate_id(id: u64, field: &'static str) -> Result<(), KvError> {
+    if id == 0 { Err(KvError::Missing { field }) } else { Ok(()) }
+}
+
+/// The session of a command that may have one. Left in the request it would have no effect.
+fn validate_session(session: Option<&v1::SessionCall>, in_request: Option<v1::SessionCall>) -> Result<(), KvError> {
+    refuse_session(in_request.as_ref())?;
+    let Some(call) = session else { return Ok(()) };
+    validate_id(call.session, "session")?;
+    validate_id(call.sequence, "sequence")
+}
+
+fn refuse_session(session: Option<&v1::SessionCall>) -> Result<(), KvError> {
+    if session.is_some() { Err(KvError::MisplacedSession) } else { Ok(()) }
+}
+
+/// The history does not tell which leases there were.
+fn validate_lease_read(read: Option<&v1::ReadOptions>) -> Result<(), KvError> {
+    if read.is_some_and(|read| read.revision != 0) {
+        return Err(KvError::PastLeases);
+    }
+    validate_read(read)
 }
 
 /// An interval must be named, even that of all keys: a forgotten field must not delete the store. Its ends may be
@@ -161,7 +277,10 @@ fn validate_branches(txn: &v1::TxnRequest) -> Result<(), KvError> {
     txn.compare.iter().try_for_each(validate_compare)?;
     for operation in txn.then.iter().chain(&txn.otherwise) {
         match required(operation.operation.as_ref(), "operation")? {
-            Operation::Put(put) => validate_put(put)?,
+            Operation::Put(put) => {
+                refuse_session(put.session.as_ref())?;
+                validate_put(put)?;
+            }
             Operation::Get(get) => {
                 refuse_options(get.read.as_ref())?;
                 validate_get(get)?;
@@ -170,9 +289,16 @@ fn validate_branches(txn: &v1::TxnRequest) -> Result<(), KvError> {
                 refuse_options(range.read.as_ref())?;
                 validate_range(range)?;
             }
-            Operation::Delete(delete) => validate_key(&delete.key, "key")?,
-            Operation::DeleteRange(delete) => validate_range_bounds(delete.range.as_ref())?,
+            Operation::Delete(delete) => {
+                refuse_session(delete.session.as_ref())?;
+                validate_key(&delete.key, "key")?;
+            }
+            Operation::DeleteRange(delete) => {
+                refuse_session(delete.session.as_ref())?;
+                validate_range_bounds(delete.range.as_ref())?;
+            }
             Operation::Txn(nested) => {
+                refuse_session(nested.session.as_ref())?;
                 refuse_options(nested.read.as_ref())?;
                 validate_branches(nested)?;
             }

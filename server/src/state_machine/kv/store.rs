@@ -1,21 +1,26 @@
-//! The current state of the store, and how a command changes it. Pure: the same state and entry give the same state and
+//! The current state of the store, and how an entry changes it. Pure: the same state and entry give the same state and
 //! answers everywhere.
 
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use d_engine_proto::v1::{self, command_reply::Reply};
-use d_engine_proto::{LeaseId, Revision, limits};
+use d_engine_proto::{LeaseId, Revision, SessionId};
 use prost::Message;
 
-use super::command::{Command, CompareAndSwap, Interval, RangePart, RangeQuery, Txn, Write};
+use super::command::{Command, Proposal, RangePart, RangeQuery};
 use super::error::KvError;
+use super::invariants::Violation;
 use super::keys::Keys;
+use super::leases::{LeaseView, Leases};
 use super::page;
-use super::read::{self, Source, Written};
+use super::read::{self, Source};
 use super::room::Room;
-use crate::state_machine::{CommittedEntry, EntryContent};
-use crate::storage::versions::{Change, KeyVersion, ScanOrder, StoreState};
+use super::sessions::Sessions;
+use super::step::Step;
+use crate::limits::EXPIRIES_PER_ENTRY_MAX;
+use crate::state_machine::{CommittedEntry, EntryContent, StoreTime};
+use crate::storage::versions::{Change, KeyVersion, Record, RecordKey, ScanOrder, StoreState};
 
 /// Answers of an entry are encoded one behind the other; most are about this long.
 const ANSWER_BYTES_TYPICAL: usize = 16;
@@ -24,31 +29,47 @@ const ANSWER_BYTES_TYPICAL: usize = 16;
 #[derive(Clone, Default)]
 pub struct Store {
     /// Every version's revisions lie within the store's: created <= modified <= current revision.
-    keys: Keys,
-    /// `compacted <= revision`.
-    state: StoreState,
+    pub(super) keys: Keys,
+    /// A key is attached to a lease exactly if its version says so.
+    pub(super) leases: Leases,
+    pub(super) sessions: Sessions,
+    /// `compacted <= revision`; no lease and no session has a greater id than the last one given.
+    pub(super) state: StoreState,
 }
 
 /// What applying an entry led to.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Effects {
     /// One encoded `CommandReply` for each command.
     pub(super) answers: Vec<Bytes>,
-    /// What changed, in the order of revisions; within one, every key once.
+    /// What changed, in the order of revisions; within one, every key once, in byte order.
     pub(super) changes: Vec<Change>,
+    /// The leases and sessions that changed, each once.
+    pub(super) records: Vec<Record>,
 }
 
 impl Store {
-    /// A store as it was written behind: its state and the current version of every key, in any order.
-    pub(super) fn restore<E>(
-        state: StoreState,
-        mut next: impl FnMut() -> Result<Option<KeyVersion>, E>,
-    ) -> Result<Self, E> {
-        let mut keys = Keys::default();
-        while let Some(version) = next()? {
-            keys.insert(Arc::new(version));
+    /// A store as it was written behind, but for its keys.
+    ///
+    /// # Errors
+    /// When a record is none.
+    pub(super) fn restore(state: StoreState, records: &[(RecordKey, Bytes)]) -> Result<Self, Violation> {
+        let mut store = Self { state, ..Self::default() };
+        for (key, record) in records {
+            match key {
+                RecordKey::Lease(lease) => store.leases.restore(*lease, record)?,
+                RecordKey::Session(session) => store.sessions.restore(*session, record)?,
+            }
         }
-        Ok(Self { keys, state })
+        Ok(store)
+    }
+
+    /// Adds the current version of a key, in any order, to a store that is being restored.
+    pub(super) fn restore_key(&mut self, version: KeyVersion) {
+        if version.lease != LeaseId(0) {
+            self.leases.attach(version.lease, version.key.clone());
+        }
+        self.keys.insert(Arc::new(version));
     }
 
     /// Revision of the last change.
@@ -69,10 +90,40 @@ impl Store {
         self.keys.len() as u64
     }
 
+    /// Number of leases, those that puts made included.
+    #[must_use]
+    pub fn lease_count(&self) -> u64 {
+        self.leases.len() as u64
+    }
+
+    /// Number of sessions.
+    #[must_use]
+    pub fn session_count(&self) -> u64 {
+        self.sessions.len() as u64
+    }
+
     /// How far entries are applied.
     #[must_use]
     pub fn state(&self) -> &StoreState {
         &self.state
+    }
+
+    /// When the next lease or session is due; it ends with the first entry at this store time or later.
+    #[must_use]
+    pub fn due(&self) -> Option<StoreTime> {
+        self.next_due().map(|(deadline, _)| deadline)
+    }
+
+    /// A lease, whether granted or made by a put.
+    #[must_use]
+    pub fn lease(&self, id: LeaseId) -> Option<LeaseView<'_>> {
+        self.leases.view(id)
+    }
+
+    /// The leases that were granted and have a greater id than `after`, in the order of ids. Those made by puts are left
+    /// out.
+    pub fn leases(&self, after: LeaseId) -> impl Iterator<Item = LeaseView<'_>> {
+        self.leases.granted_after(after)
     }
 
     /// Answers a read of one key; the header is left to the caller.
@@ -125,197 +176,141 @@ impl Store {
 
     fn apply_commands(&mut self, commands: &[Bytes]) -> Effects {
         let mut changes = Vec::with_capacity(commands.len());
+        self.expire(&mut changes);
         let mut answers = Vec::with_capacity(commands.len());
         let mut buffer = BytesMut::with_capacity(commands.len() * ANSWER_BYTES_TYPICAL);
         for command in commands {
-            let reply = Command::decode(command)
-                .and_then(|command| self.apply_command(command, &mut changes))
-                .unwrap_or_else(|refusal| Reply::Error(refusal.into()));
-            let answer = v1::CommandReply { revision: self.revision().get(), reply: Some(reply) };
-            buffer.reserve(answer.encoded_len());
-            answer.encode_raw(&mut buffer);
-            answers.push(buffer.split().freeze());
+            answers.push(self.answer(command, &mut buffer, &mut changes));
         }
-        Effects { answers, changes }
+        let records = self.leases.take_records().chain(self.sessions.take_records()).collect();
+        Effects { answers, changes, records }
+    }
+
+    /// Ends what is due, the earliest first; only so much of it that the entry's commands need not wait for long. The
+    /// next entry goes on.
+    fn expire(&mut self, changes: &mut Vec<Change>) {
+        for _ in 0..EXPIRIES_PER_ENTRY_MAX {
+            match self.next_due() {
+                Some((deadline, owner)) if deadline <= self.now() => match owner {
+                    // It exists, being due.
+                    RecordKey::Lease(lease) => drop(self.in_one_revision(changes, |step| step.end_lease(lease))),
+                    RecordKey::Session(session) => self.sessions.close(session),
+                },
+                _ => return,
+            }
+        }
+    }
+
+    /// Who is due next, and when. Of those that are due at once, leases come before sessions and smaller ids before
+    /// greater ones.
+    fn next_due(&self) -> Option<(StoreTime, RecordKey)> {
+        let lease = self.leases.next_due().map(|(deadline, id)| (deadline, RecordKey::Lease(id)));
+        let session = self.sessions.next_due().map(|(deadline, id)| (deadline, RecordKey::Session(id)));
+        lease.into_iter().chain(session).min()
+    }
+
+    fn now(&self) -> StoreTime {
+        StoreTime(self.state.store_time)
+    }
+
+    /// Answers a command: applies it, unless its session knows the answer.
+    fn answer(&mut self, command: &Bytes, buffer: &mut BytesMut, changes: &mut Vec<Change>) -> Bytes {
+        let (call, command) = match Proposal::decode(command) {
+            Ok(Proposal { call, command }) => (call, command),
+            Err(refusal) => return self.encode(Err(refusal), buffer),
+        };
+        let Some(call) = call else {
+            let reply = self.apply_command(command, changes);
+            return self.encode(reply, buffer);
+        };
+        match self.sessions.admit(&call, self.now()) {
+            Ok(Some(first_answer)) => first_answer,
+            Ok(None) => {
+                let reply = self.apply_command(command, changes);
+                let answer = self.encode(reply, buffer);
+                self.sessions.keep(&call, &answer);
+                answer
+            }
+            Err(refusal) => self.encode(Err(refusal), buffer),
+        }
+    }
+
+    fn encode(&self, reply: Result<Reply, KvError>, buffer: &mut BytesMut) -> Bytes {
+        let reply = reply.unwrap_or_else(|refusal| Reply::Error(refusal.into()));
+        let answer = v1::CommandReply { revision: self.revision().get(), reply: Some(reply) };
+        buffer.reserve(answer.encoded_len());
+        answer.encode_raw(buffer);
+        buffer.split().freeze()
     }
 
     /// Applies one command. An error means that nothing changed.
     fn apply_command(&mut self, command: Command, changes: &mut Vec<Change>) -> Result<Reply, KvError> {
-        let changed_before = changes.len();
-        let mut room = Room::default();
-        let mut step = Step { keys: &mut self.keys, revision: self.state.revision.next(), changes };
-        let reply = match command {
-            Command::Write(write) => step.write(write, &mut room)?.into(),
-            Command::CompareAndSwap(swap) => Reply::CompareAndSwap(step.compare_and_swap(&swap, &mut room)?),
-            Command::Txn(txn) => Reply::Txn(step.txn(txn, &mut room)?),
-        };
+        match command {
+            Command::Write(write) => {
+                self.in_one_revision(changes, |step| Ok(step.write(write, &mut Room::default())?.into()))
+            }
+            Command::CompareAndSwap(swap) => self.in_one_revision(changes, |step| {
+                Ok(Reply::CompareAndSwap(step.compare_and_swap(&swap, &mut Room::default())?))
+            }),
+            Command::Txn(txn) => {
+                self.in_one_revision(changes, |step| Ok(Reply::Txn(step.txn(txn, &mut Room::default())?)))
+            }
+            Command::GrantLease { ttl_ms, chosen } => self.in_one_revision(changes, |step| {
+                let lease = step.grant_lease(ttl_ms, chosen)?.get();
+                Ok(Reply::LeaseGrant(v1::LeaseGrantResponse { header: None, lease, ttl_ms }))
+            }),
+            Command::RevokeLease(lease) => self.in_one_revision(changes, |step| {
+                Ok(Reply::LeaseRevoke(v1::LeaseRevokeResponse { header: None, deleted: step.end_lease(lease)? }))
+            }),
+            Command::RenewLeases(leases) => {
+                let now = self.now();
+                let ttl_ms = leases.into_iter().map(|lease| self.leases.renew(lease, now).unwrap_or(0)).collect();
+                Ok(Reply::LeaseRenewed(v1::LeaseRenewed { ttl_ms }))
+            }
+            Command::RegisterSession { ttl_ms } => {
+                let session = SessionId(self.state.last_session.get() + 1);
+                self.sessions.open(session, ttl_ms, self.now())?;
+                self.state.last_session = session;
+                let session = session.get();
+                Ok(Reply::SessionRegister(v1::SessionRegisterResponse { header: None, session, ttl_ms }))
+            }
+            Command::RenewSession(session) => {
+                let ttl_ms = self.sessions.renew(session, self.now())?;
+                Ok(Reply::SessionRenew(v1::SessionRenewResponse { header: None, ttl_ms }))
+            }
+            Command::CloseSession(session) => {
+                self.sessions.close(session);
+                Ok(Reply::SessionClose(v1::SessionCloseResponse::default()))
+            }
+            Command::Compact(revision) => {
+                self.compact(revision)?;
+                let compacted_revision = self.compacted().get();
+                Ok(Reply::Compact(v1::CompactResponse { header: None, compacted_revision }))
+            }
+            Command::Tick => Ok(Reply::Ticked(v1::Ticked {})),
+        }
+    }
+
+    /// Gives all that `change` changes the next revision, if it changes a key.
+    fn in_one_revision<T>(&mut self, changes: &mut Vec<Change>, change: impl FnOnce(&mut Step<'_>) -> T) -> T {
+        let (revision, changed_before) = (self.state.revision.next(), changes.len());
+        let result = change(&mut Step { store: self, revision, changes });
         if changes.len() > changed_before {
-            self.state.revision = self.state.revision.next();
+            self.state.revision = revision;
         }
-        Ok(reply)
-    }
-
-    /// Checks what must hold between any two entries.
-    ///
-    /// # Errors
-    /// The first thing that does not hold.
-    pub(super) fn validate(&self) -> Result<(), Violation> {
-        if self.compacted() > self.revision() {
-            return Err(Violation::CompactedAhead);
-        }
-        let mut previous: Option<&KeyVersion> = None;
-        for version in self.keys.iter() {
-            let violation = |rule| Err(Violation::Key { key: version.key.clone(), rule });
-            let ordered = version.create_revision <= version.mod_revision && version.mod_revision <= self.revision();
-            if version.create_revision == Revision(0) || !ordered {
-                return violation("0 < create revision <= mod revision <= the store's revision");
-            }
-            // A revision changes a key at most once.
-            if version.version == 0 || version.version - 1 > version.mod_revision.get() - version.create_revision.get()
-            {
-                return violation("1 <= version <= mod revision - create revision + 1");
-            }
-            if version.key.is_empty() || version.key.len() as u64 > limits::KEY_BYTES_MAX {
-                return violation("a key's length is within its bounds");
-            }
-            if previous.is_some_and(|previous| previous.key >= version.key) {
-                return violation("keys ascend");
-            }
-            previous = Some(version);
-        }
-        Ok(())
-    }
-}
-
-/// An invariant that does not hold: going on could let replicas diverge.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Violation {
-    /// `compacted <= revision`.
-    #[error("the compacted revision is ahead of the current one")]
-    CompactedAhead,
-    /// A rule about each key.
-    #[error("key \"{}\" breaks the rule: {rule}", key.escape_ascii())]
-    Key { key: Bytes, rule: &'static str },
-}
-
-/// One command being applied: all it changes gets its revision.
-struct Step<'a> {
-    keys: &'a mut Keys,
-    revision: Revision,
-    changes: &'a mut Vec<Change>,
-}
-
-impl Step<'_> {
-    fn put(&mut self, key: &[u8], value: &[u8]) {
-        let before = self.keys.get(key).cloned();
-        let (create_revision, version) = match &before {
-            Some(held) => (held.create_revision, held.version + 1),
-            None => (self.revision, 1),
-        };
-        let (key, value) = KeyVersion::own(key, value);
-        let mod_revision = self.revision;
-        let version = Arc::new(KeyVersion { key, value, create_revision, mod_revision, version, lease: LeaseId(0) });
-        let (key, after) = (version.key.clone(), Some(Arc::clone(&version)));
-        self.changes.push(Change { key, revision: self.revision, after, before });
-        self.keys.insert(version);
-    }
-
-    /// Returns whether the key existed.
-    fn delete(&mut self, key: &[u8]) -> bool {
-        let Some(held) = self.keys.remove(key) else { return false };
-        self.changes.push(Change { key: held.key.clone(), revision: self.revision, after: None, before: Some(held) });
-        true
-    }
-
-    fn delete_range(&mut self, interval: &Interval) -> u64 {
-        let held: Vec<_> = self.keys.interval(interval).cloned().collect();
-        for version in &held {
-            self.delete(&version.key);
-        }
-        held.len() as u64
-    }
-
-    /// What a key holds, as part of the answer.
-    fn held(&self, key: &[u8], room: &mut Room) -> Result<Option<v1::KeyValue>, KvError> {
-        self.keys.get(key).map(|held| room.key_value(held)).transpose()
-    }
-
-    fn compare_and_swap(
-        &mut self,
-        swap: &CompareAndSwap,
-        room: &mut Room,
-    ) -> Result<v1::CompareAndSwapResponse, KvError> {
-        let held = self.keys.get(&swap.key);
-        let succeeded = held.map(|held| &held.value) == swap.expected.as_ref();
-        let current = if succeeded { None } else { self.held(&swap.key, room)? };
-        if succeeded {
-            self.put(&swap.key, &swap.value);
-        }
-        Ok(v1::CompareAndSwapResponse { header: None, succeeded, current })
-    }
-
-    fn txn(&mut self, txn: Txn, room: &mut Room) -> Result<v1::TxnResponse, KvError> {
-        let changed_before = self.changes.len();
-        let keys_before = txn.may_fail_halfway().then(|| self.keys.clone());
-        let result = read::run(self, txn, room);
-        if let (Err(_), Some(keys)) = (&result, keys_before) {
-            *self.keys = keys;
-            self.changes.truncate(changed_before);
-        }
-        self.keep_last_changes(changed_before);
         result
     }
 
-    /// Reduces the changes of a transaction to the last one of each key. A key that was put and deleted again leaves a
-    /// deletion: its revision has been seen by the transaction, so it is used up. In the order of keys.
-    fn keep_last_changes(&mut self, since: usize) {
-        let mut changes = self.changes.split_off(since);
-        changes.sort_by(|a, b| a.key.cmp(&b.key));
-        changes.dedup_by(|later, first| {
-            let same = later.key == first.key;
-            if same {
-                first.after = later.after.take();
-            }
-            same
-        });
-        self.changes.append(&mut changes);
-    }
-}
-
-impl Source for Step<'_> {
-    type Error = KvError;
-
-    fn get(&self, key: &[u8]) -> Result<Option<KeyVersion>, KvError> {
-        Source::get(&&*self.keys, key)
-    }
-
-    fn range(&self, query: &RangeQuery, room: &mut Room) -> Result<v1::RangeResponse, KvError> {
-        Source::range(&&*self.keys, query, room)
-    }
-
-    fn write(&mut self, write: Write, room: &mut Room) -> Result<Written, KvError> {
-        Ok(match write {
-            Write::Put { key, value, return_previous } => {
-                let previous = if return_previous { self.held(&key, room)? } else { None };
-                self.put(&key, &value);
-                Written::Put(v1::PutResponse { previous, ..Default::default() })
-            }
-            Write::Delete { key, return_previous } => {
-                let previous = if return_previous { self.held(&key, room)? } else { None };
-                let deleted = self.delete(&key);
-                Written::Delete(v1::DeleteResponse { header: None, deleted, previous })
-            }
-            Write::DeleteRange { interval, return_previous } => {
-                let mut previous = Vec::new();
-                if return_previous {
-                    for held in self.keys.interval(&interval) {
-                        previous.push(room.key_value(held)?);
-                    }
-                }
-                let deleted = self.delete_range(&interval);
-                Written::DeleteRange(v1::DeleteRangeResponse { header: None, deleted, previous })
-            }
-        })
+    fn compact(&mut self, oldest: Revision) -> Result<(), KvError> {
+        let (minimum, current) = (self.compacted(), self.revision());
+        if oldest < minimum {
+            return Err(KvError::Compacted { requested: oldest, minimum });
+        }
+        if oldest > current {
+            return Err(KvError::FutureRevision { requested: oldest, current });
+        }
+        self.state.compacted = oldest;
+        Ok(())
     }
 }
 

@@ -1,8 +1,11 @@
 //! The RocksDB instance under the history: how it is opened and judged, and how its failures become ours.
 //!
-//! One column family and no write-ahead log: the Raft log is the log. A write batch never spans memtables, and
-//! memtables reach the disk whole and in order, so that after a crash the directory holds all batches up to one of
-//! them and nothing of the later ones.
+//! One column family and no write-ahead log: the Raft log is the log. A write batch never spans memtables: RocksDB
+//! switches them before a batch, never within one. Memtables reach the disk whole and in order: flushes may run side by
+//! side, but each becomes part of the database only after those of all older memtables. So after a crash the directory
+//! holds all batches up to one of them and nothing of the later ones, whoever asked for the flush: we, or RocksDB
+//! because a memtable was full. Hence a batch may rely on those written before it: what compaction allows to remove is
+//! removed by batches after the one whose state allows it, and no crash leaves the removal without that state.
 
 use std::path::Path;
 
@@ -13,13 +16,16 @@ use super::encoding::{self, Malformed, STATE_KEY};
 use crate::storage::StorageError;
 use crate::storage::directory::{Directory, Layout};
 
-const LAYOUT: Layout = Layout { kind: "versions", version: 1 };
+const LAYOUT: Layout = Layout { kind: "versions", version: 2, oldest: 2 };
 
 /// Larger than what is written between two explicit flushes, so that memtables are switched when we say so.
 const MEMTABLE_BYTES: usize = 64 << 20;
 /// Memtables in memory before RocksDB holds writes up: one filling, others on their way to a slow disk.
 const MEMTABLES_MAX: i32 = 3;
 const BLOCK_CACHE_BYTES: usize = 32 << 20;
+/// Share of a file's entries that are removals from which on it is merged with those below at once: it was written for
+/// cleaning, and the space is wanted back. In one written while keys are replaced about half of the entries are.
+const MERGED_AT_REMOVALS: f64 = 0.75;
 /// RocksDB's own diagnostics files kept.
 const INFO_LOGS_MAX: usize = 3;
 
@@ -39,6 +45,8 @@ impl Database {
         table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
         let mut options = Options::default();
         options.create_if_missing(is_new);
+        // No window within a file: its whole counts.
+        options.add_compact_on_deletion_collector_factory(0, 0, MERGED_AT_REMOVALS);
         options.set_block_based_table_factory(&table);
         options.set_compression_type(DBCompressionType::None);
         options.set_keep_log_file_num(INFO_LOGS_MAX);

@@ -1,11 +1,15 @@
-//! How versions and the store's state look on disk. Bytes in, plain values out; nothing here touches a file.
+//! How versions, their index, records and the store's state look on disk. Bytes in, plain values out; nothing here
+//! touches a file.
 //!
-//! Everything lives in one ordered key space: the state under a key of its own, before every version. A version's key
-//! is the user's key in an order-preserving, prefix-safe form followed by its revision, so that the versions of a key
-//! stand together, oldest first, and keys stand in byte order.
+//! Everything lives in one ordered key space. A version's key is the user's key in an order-preserving, prefix-safe form
+//! followed by its revision, so that the versions of a key stand together, oldest first, and keys stand in byte order.
+//! The index lists the same changes in the order of revisions and, within one, of keys.
 //!
 //! ```text
+//! e <revision> <key>                   checksum, kind, revision of the version before or 0, bytes of its value
+//! l <lease id>                         checksum, the lease
 //! m                                    checksum, state
+//! s <session id>                       checksum, the session
 //! v <escaped key> 00 01 <revision>     checksum, kind [, create revision, version, lease, value]
 //! ```
 //!
@@ -17,17 +21,27 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut, TryGetError};
 use d_engine_proto::{LeaseId, LogIndex, Revision, SessionId, Term};
 
-use super::{Change, KeyVersion, StoreState};
+use super::{Change, KeyVersion, RecordKey, StoreState};
 use crate::storage::LogPosition;
 
-/// Key of the state record; sorts before every version.
+/// Key of the state record.
 pub(super) const STATE_KEY: &[u8] = b"m";
+
+const INDEX_TAG: u8 = b'e';
+/// First byte string after every key of the index.
+pub(super) const AFTER_INDEX: &[u8] = b"f";
+
+const LEASE_TAG: u8 = b'l';
+const SESSION_TAG: u8 = b's';
+/// The intervals in which the keys of records stand, in their order.
+pub(super) const RECORD_INTERVALS: [(&[u8], &[u8]); 2] = [(b"l", b"m"), (b"s", b"t")];
 
 const VERSION_TAG: u8 = b'v';
 /// First byte string after every version's key.
 pub(super) const AFTER_VERSIONS: &[u8] = b"w";
 
 const REVISION_BYTES: usize = 8;
+const ID_BYTES: usize = 8;
 const CHECKSUM_BYTES: usize = 4;
 const KIND_DELETE: u8 = 0;
 const KIND_PUT: u8 = 1;
@@ -132,6 +146,107 @@ pub(super) fn decode_version(version_key: &[u8], mut record: &[u8]) -> Result<Op
     let key = buffer.split();
     buffer.put_slice(record);
     Ok(Some(KeyVersion { key: key.freeze(), value: buffer.freeze(), create_revision, mod_revision, version, lease }))
+}
+
+/// What the index says of one change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct IndexEntry<'a> {
+    pub(super) revision: Revision,
+    pub(super) key: &'a [u8],
+    /// Whether the revision deleted the key; its version says so too.
+    pub(super) deletes: bool,
+    /// The revision of the version that the change replaced; `None` if the key did not exist.
+    pub(super) before: Option<Revision>,
+    /// Bytes of the value that the change replaced.
+    pub(super) before_bytes: u32,
+}
+
+impl<'a> IndexEntry<'a> {
+    /// What to write of a change.
+    pub(super) fn of(change: &'a Change) -> Self {
+        let before_bytes = change.before.as_ref().map_or(0, |before| before.value.len());
+        Self {
+            revision: change.revision,
+            key: &change.key,
+            deletes: change.after.is_none(),
+            before: change.before.as_ref().map(|before| before.mod_revision),
+            before_bytes: u32::try_from(before_bytes).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Replaces `index_key` and `out` by the key and the record of the entry.
+    pub(super) fn encode(&self, index_key: &mut Vec<u8>, out: &mut Vec<u8>) {
+        index_key.clear();
+        index_key.extend_from_slice(&index_bound(self.revision));
+        index_key.extend_from_slice(self.key);
+        out.clear();
+        out.put_u32(0);
+        out.put_u8(if self.deletes { KIND_DELETE } else { KIND_PUT });
+        // No change ever has revision 0.
+        out.put_u64(self.before.map_or(0, Revision::get));
+        out.put_u32(self.before_bytes);
+        put_checksum(out, index_key);
+    }
+
+    /// What [`encode`](Self::encode) wrote.
+    pub(super) fn decode(index_key: &'a [u8], mut record: &[u8]) -> Result<Self, Malformed> {
+        if record.try_get_u32()? != checksum(index_key, record) {
+            return Err(Malformed::Checksum);
+        }
+        let deletes = match record.try_get_u8()? {
+            KIND_DELETE => true,
+            KIND_PUT => false,
+            unknown => return Err(Malformed::Kind(unknown)),
+        };
+        let before = Some(Revision(record.try_get_u64()?)).filter(|revision| *revision != Revision(0));
+        let before_bytes = record.try_get_u32()?;
+        let rest = index_key.strip_prefix(&[INDEX_TAG]).ok_or(Malformed::Key)?;
+        let (revision, key) = rest.split_first_chunk::<REVISION_BYTES>().ok_or(Malformed::Key)?;
+        Ok(Self { revision: Revision(u64::from_be_bytes(*revision)), key, deletes, before, before_bytes })
+    }
+}
+
+/// Where the entries of `revision` begin in the index; it is itself no entry's key.
+pub(super) fn index_bound(revision: Revision) -> [u8; 1 + REVISION_BYTES] {
+    tagged(INDEX_TAG, revision.get())
+}
+
+/// The key of a record.
+pub(super) fn record_key(key: RecordKey) -> [u8; 1 + ID_BYTES] {
+    match key {
+        RecordKey::Lease(lease) => tagged(LEASE_TAG, lease.get()),
+        RecordKey::Session(session) => tagged(SESSION_TAG, session.get()),
+    }
+}
+
+fn tagged(tag: u8, number: u64) -> [u8; 1 + 8] {
+    let mut out = [tag; 1 + 8];
+    out[1..].copy_from_slice(&number.to_be_bytes());
+    out
+}
+
+/// What a record holds, as it is stored.
+pub(super) fn encode_record(stored_key: &[u8], body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(CHECKSUM_BYTES + body.len());
+    out.put_u32(0);
+    out.put_slice(body);
+    put_checksum(&mut out, stored_key);
+    out
+}
+
+/// A record and what it holds.
+pub(super) fn decode_record(stored_key: &[u8], mut record: &[u8]) -> Result<(RecordKey, Bytes), Malformed> {
+    if record.try_get_u32()? != checksum(stored_key, record) {
+        return Err(Malformed::Checksum);
+    }
+    let (tag, id) = stored_key.split_last_chunk::<ID_BYTES>().ok_or(Malformed::Key)?;
+    let id = u64::from_be_bytes(*id);
+    let key = match tag {
+        [LEASE_TAG] => RecordKey::Lease(LeaseId(id)),
+        [SESSION_TAG] => RecordKey::Session(SessionId(id)),
+        _ => return Err(Malformed::Key),
+    };
+    Ok((key, Bytes::copy_from_slice(record)))
 }
 
 fn checksum(key: &[u8], body: &[u8]) -> u32 {
@@ -289,19 +404,54 @@ mod tests {
         let (key, put) = sample_put();
         let mut record = Vec::new();
         encode_change(&mut record, &key, &put);
-        for bit in 0..record.len() * 8 {
-            let mut damaged = record.clone();
+        assert_damage_is_noticed(&key, &record, |key, record| decode_version(key, record).is_err());
+    }
+
+    /// Every flipped bit of the key and the record, and every shorter record.
+    fn assert_damage_is_noticed(key: &[u8], record: &[u8], is_noticed: impl Fn(&[u8], &[u8]) -> bool) {
+        let flipped = |bytes: &[u8], bit: usize| {
+            let mut damaged = bytes.to_vec();
             damaged[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(decode_version(&key, &damaged), Err(Malformed::Checksum), "bit {bit}");
-        }
+            damaged
+        };
         for bit in 0..key.len() * 8 {
-            let mut damaged = key.clone();
-            damaged[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(decode_version(&damaged, &record), Err(Malformed::Checksum), "bit {bit}");
+            assert!(is_noticed(&flipped(key, bit), record), "bit {bit} of the key");
+        }
+        for bit in 0..record.len() * 8 {
+            assert!(is_noticed(key, &flipped(record, bit)), "bit {bit} of the record");
         }
         for length in 0..record.len() {
-            assert!(decode_version(&key, &record[..length]).is_err(), "length {length}");
+            assert!(is_noticed(key, &record[..length]), "length {length}");
         }
+    }
+
+    #[test]
+    fn index_entries_survive_their_encoding_and_damage_is_noticed() {
+        let (_, put) = sample_put();
+        let delete = Change { before: put.after.clone(), after: None, revision: Revision(10), ..put.clone() };
+        assert_eq!(IndexEntry::of(&put).before, None);
+        assert_eq!((IndexEntry::of(&delete).before, IndexEntry::of(&delete).before_bytes), (Some(Revision(9)), 5));
+        let (mut key, mut record) = (Vec::new(), Vec::new());
+        for change in [put, delete] {
+            let entry = IndexEntry::of(&change);
+            entry.encode(&mut key, &mut record);
+            assert_eq!(IndexEntry::decode(&key, &record), Ok(entry));
+            assert!(key[..] > index_bound(change.revision)[..] && key[..] < index_bound(change.revision.next())[..]);
+            assert_damage_is_noticed(&key, &record, |key, record| IndexEntry::decode(key, record).is_err());
+        }
+    }
+
+    #[test]
+    fn records_survive_their_encoding_and_damage_is_noticed() {
+        for key in [RecordKey::Lease(LeaseId(7)), RecordKey::Session(SessionId(u64::MAX))] {
+            let stored_key = record_key(key);
+            assert!(RECORD_INTERVALS.iter().any(|(start, end)| stored_key[..] >= **start && stored_key[..] < **end));
+            let record = encode_record(&stored_key, b"what it holds");
+            assert_eq!(decode_record(&stored_key, &record), Ok((key, Bytes::from_static(b"what it holds"))));
+            assert_damage_is_noticed(&stored_key, &record, |key, record| decode_record(key, record).is_err());
+        }
+        let stray = encode_record(b"x2345678", b"");
+        assert_eq!(decode_record(b"x2345678", &stray), Err(Malformed::Key));
     }
 
     #[test]
@@ -313,31 +463,32 @@ mod tests {
             membership: Some((position(3), Bytes::from_static(b"members"))),
             revision: Revision(11),
             compacted: Revision(2),
-            last_lease: LeaseId(5),
-            last_session: SessionId(6),
+            last_lease: LeaseId(8),
+            last_session: SessionId(9),
         };
         for state in [StoreState::default(), full] {
             let record = encode_state(&state);
             assert_eq!(decode_state(&record), Ok(state));
-            for bit in 0..record.len() * 8 {
-                let mut damaged = record.clone();
-                damaged[bit / 8] ^= 1 << (bit % 8);
-                assert!(decode_state(&damaged).is_err(), "bit {bit}");
-            }
-            for length in 0..record.len() {
-                assert!(decode_state(&record[..length]).is_err(), "length {length}");
-            }
+            assert_damage_is_noticed(&[], &record, |_, record| decode_state(record).is_err());
         }
     }
 
-    /// The bytes that layout 1 has on disk. If this fails, the layout changed: give it a new number instead.
+    /// The bytes that layout 2 has on disk. If this fails, the layout changed: give it a new number instead.
     #[test]
-    fn layout_one_is_remembered() {
+    fn layout_two_is_remembered() {
         let (key, put) = sample_put();
         assert_eq!(key, b"vk\0\xff\xff\0\x01\0\0\0\0\0\0\0\x09");
         let mut record = Vec::new();
         encode_change(&mut record, &key, &put);
         assert_eq!(record[4..], *b"\x01\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x07value");
-        assert_eq!(encode_state(&StoreState::default())[4..], [0; 30]);
+        let (mut index_key, mut record) = (Vec::new(), Vec::new());
+        let entry = IndexEntry { before: Some(Revision(8)), before_bytes: 6, ..IndexEntry::of(&put) };
+        entry.encode(&mut index_key, &mut record);
+        assert_eq!(index_key, b"e\0\0\0\0\0\0\0\x09k\0\xff");
+        assert_eq!(record[4..], *b"\x01\0\0\0\0\0\0\0\x08\0\0\0\x06");
+        assert_eq!(record_key(RecordKey::Lease(LeaseId(7))), *b"l\0\0\0\0\0\0\0\x07");
+        assert_eq!(record_key(RecordKey::Session(SessionId(7))), *b"s\0\0\0\0\0\0\0\x07");
+        assert_eq!(encode_record(b"", b"body")[4..], *b"body");
+        assert_eq!(encode_state(&StoreState::default())[4..], [0; 46]);
     }
 }

@@ -6,9 +6,11 @@
 //! [`StoreState`] of exactly that submission. It never decides what a change is: revisions and versions are the state
 //! machine's business.
 
+mod cleaner;
 mod cursor;
 mod database;
 mod encoding;
+mod history;
 #[cfg(test)]
 mod tests;
 mod write_behind;
@@ -22,6 +24,7 @@ use d_engine_proto::{LeaseId, Revision, SessionId};
 
 pub use cursor::Cursor;
 use database::Database;
+use history::ChangesQuery;
 use write_behind::{Bounds, WriteBehind};
 
 use super::{LogPosition, StorageError};
@@ -66,7 +69,7 @@ pub struct Change {
     pub revision: Revision,
     /// What it left under the key; `None` for a deletion.
     pub after: Option<Arc<KeyVersion>>,
-    /// What the key held before the revision; `None` if it did not exist.
+    /// What the key held before the revision; `None` if it did not exist. Its own revision is smaller.
     pub before: Option<Arc<KeyVersion>>,
 }
 
@@ -146,8 +149,8 @@ impl VersionStore {
     /// Opens the directory, creating it if it does not exist.
     ///
     /// # Errors
-    /// [`StorageError::Foreign`], [`StorageError::NewerFormat`], [`StorageError::Corrupt`],
-    /// [`StorageError::Locked`] or [`StorageError::Io`].
+    /// [`StorageError::Foreign`], [`StorageError::NewerFormat`], [`StorageError::OlderFormat`],
+    /// [`StorageError::Corrupt`], [`StorageError::Locked`] or [`StorageError::Io`].
     pub fn open(path: &Path) -> Result<Self, StorageError> {
         Self::open_bounded(path, Bounds::default())
     }
@@ -162,7 +165,9 @@ impl VersionStore {
     /// Opens with bounds so small that a short test crosses all of them many times.
     #[cfg(test)]
     pub(crate) fn open_tiny(path: &Path) -> Result<Self, StorageError> {
-        Self::open_bounded(path, Bounds { queue_bytes_max: 8 << 10, batch_bytes_max: 2 << 10, flush_bytes: 16 << 10 })
+        let bounds =
+            Bounds { queue_bytes_max: 8 << 10, batch_bytes_max: 2 << 10, flush_bytes: 16 << 10, clean_bytes: 64 };
+        Self::open_bounded(path, bounds)
     }
 
     /// The state that was durable when the directory was opened.
@@ -174,7 +179,11 @@ impl VersionStore {
     /// Queues what one log entry led to. Waits while more is queued than memory is meant to hold.
     ///
     /// Once a submission's state has a greater `compacted`, the versions that only older revisions show are removed in
-    /// the background; who reads at a past revision checks afterwards that it was not compacted meanwhile.
+    /// the background, which goes on after a restart. What revisions from `compacted` on show and did stays whole, what
+    /// their changes replaced included. Who reads at a past revision checks afterwards that it was not compacted
+    /// meanwhile.
+    ///
+    /// The `before` of a change must be what the submissions so far left under the key: the removal relies on it.
     ///
     /// # Errors
     /// [`StorageError::Io`] once anything could not be written; nothing is written from then on.
@@ -182,32 +191,40 @@ impl VersionStore {
         self.write_behind.submit(submission)
     }
 
-    /// The records as they were durable when the directory was opened.
+    /// The records as they were durable when the directory was opened, each as its value encoded it: leases, then
+    /// sessions, in the order of ids. To be called before anything is submitted. Blocks on the disk.
     ///
     /// # Errors
     /// [`StorageError::Corrupt`] or [`StorageError::Io`].
     pub fn recovered_records(&self) -> Result<Vec<(RecordKey, Bytes)>, StorageError> {
-        Ok(Vec::new())
+        history::records(&self.database)
     }
 
     /// The changes of the keys from `start` (inclusive) to `end` (exclusive; `None`: to the last) that were made by the
-    /// revisions from `first` to `last` inclusive, in the order of revisions and, within one, of keys; whole
-    /// revisions only. Stops after the revision with which it has looked through or returns more than `bytes_max`
-    /// bytes, and answers the last revision that it covers beside the changes. `before` is filled in only if asked
-    /// for. Blocks on the disk. The revisions must be written and not compacted, see [`submit`](Self::submit).
+    /// revisions from `first` to `last` inclusive, in the order of revisions and, within one, of keys.
+    ///
+    /// Answers the last revision that the changes cover beside them: all of them, up to there. That is `last`, unless
+    /// it is not written yet, or more than `bytes_max` bytes were looked through or are returned: then no further
+    /// revision is begun, but one that alone has more is still returned whole. Without progress, when `first` is not
+    /// written yet, the answer is a revision before it. `before` is filled in only if asked for.
+    ///
+    /// Blocks on the disk. The caller checks afterwards that `first` was not compacted meanwhile: the history
+    /// of compacted revisions has holes.
     ///
     /// # Errors
     /// [`StorageError::Corrupt`] or [`StorageError::Io`].
     pub fn changes(
         &self,
-        _start: &[u8],
-        _end: Option<&[u8]>,
-        _first: Revision,
+        start: &[u8],
+        end: Option<&[u8]>,
+        first: Revision,
         last: Revision,
-        _before: bool,
-        _bytes_max: usize,
+        before: bool,
+        bytes_max: usize,
     ) -> Result<(Vec<Change>, Revision), StorageError> {
-        Ok((Vec::new(), last))
+        // Before the database is read: what is written later must not count as covered.
+        let last = last.min(self.write_behind.written());
+        ChangesQuery { start, end, revisions: first..=last, before, bytes_max }.run(&self.database)
     }
 
     /// The last log entry whose submission is durable.

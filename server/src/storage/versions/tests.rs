@@ -1,5 +1,9 @@
 //! The history against a plain list of changes; then damaged, locked and failing directories.
 
+mod compaction;
+mod crash;
+mod script;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -7,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use d_engine_proto::{LogIndex, Term};
 use rocksdb::{DB, WriteBatch, WriteOptions};
+use script::Plain;
 
 use super::*;
 
@@ -42,6 +47,10 @@ fn submit(store: &VersionStore, changes: Vec<Change>, state: StoreState) -> Resu
     store.submit(Submission { changes: Arc::new(changes), records: Vec::new(), state })
 }
 
+fn wait(store: &VersionStore, revision: u64) {
+    assert_eq!(store.wait_written(Revision(revision), GENEROUS).unwrap(), Revision(revision));
+}
+
 fn scan(
     store: &VersionStore,
     start: &[u8],
@@ -61,16 +70,36 @@ fn scan_all(store: &VersionStore, revision: u64) -> Result<Vec<KeyVersion>, Stor
     scan(store, b"", None, revision, ScanOrder::Ascending)
 }
 
-/// A closed directory with the versions 1 to 100 of a few keys.
+/// A closed directory with the versions 1 to 100 of a few keys, a lease and a session.
 fn filled() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let store = VersionStore::open(directory.path()).unwrap();
+    let keys = u64::try_from(KEYS.len()).unwrap();
     for revision in 1..=100 {
-        let key = KEYS[usize::try_from(revision).unwrap() % KEYS.len()];
-        submit(&store, vec![put(key, revision)], state(revision)).unwrap();
+        let key = KEYS[usize::try_from(revision % keys).unwrap()];
+        let before = (revision > keys).then(|| Arc::new(version(key, revision - keys)));
+        submit(&store, vec![Change { before, ..put(key, revision) }], state(revision)).unwrap();
     }
+    let value = || Some(Arc::new(Plain(b"what it holds".to_vec())) as Arc<dyn RecordValue>);
+    let keys = [RecordKey::Lease(LeaseId(7)), RecordKey::Session(SessionId(7))];
+    let records = keys.map(|key| Record { key, value: value() }).into();
+    store.submit(Submission { records, state: state(100), ..Default::default() }).unwrap();
     store.flush().unwrap();
     directory
+}
+
+/// Everything that can be read from [`filled`].
+#[derive(Debug, PartialEq)]
+struct Everything {
+    newest: Vec<KeyVersion>,
+    changes: Vec<Change>,
+    records: Vec<(RecordKey, Bytes)>,
+}
+
+fn read_everything(path: &Path) -> Result<Everything, StorageError> {
+    let store = VersionStore::open(path)?;
+    let (changes, _) = store.changes(b"", None, Revision(1), Revision(100), true, usize::MAX)?;
+    Ok(Everything { newest: scan_all(&store, 100)?, changes, records: store.recovered_records()? })
 }
 
 fn tables(path: &Path) -> Vec<PathBuf> {
@@ -235,11 +264,23 @@ fn a_directory_in_use_or_not_ours_is_refused() {
 #[test]
 fn a_directory_of_a_newer_format_is_refused() {
     let directory = filled();
-    let content = "d-engine versions 2";
-    let marker = format!("{content} {:08x}\n", crc32c::crc32c(content.as_bytes()));
-    fs::write(directory.path().join("FORMAT"), marker).unwrap();
+    mark_as(directory.path(), "d-engine versions 3");
     let refused = VersionStore::open(directory.path()).err();
-    assert!(matches!(refused, Some(StorageError::NewerFormat { found: 2, supported: 1, .. })), "{refused:?}");
+    assert!(matches!(refused, Some(StorageError::NewerFormat { found: 3, supported: 2, .. })), "{refused:?}");
+}
+
+/// It has no index, so its history could not be followed.
+#[test]
+fn a_directory_of_the_format_before_is_refused() {
+    let directory = filled();
+    mark_as(directory.path(), "d-engine versions 1");
+    let refused = VersionStore::open(directory.path()).err();
+    assert!(matches!(refused, Some(StorageError::OlderFormat { found: 1, supported: 2, .. })), "{refused:?}");
+}
+
+fn mark_as(path: &Path, content: &str) {
+    let marker = format!("{content} {:08x}\n", crc32c::crc32c(content.as_bytes()));
+    fs::write(path.join("FORMAT"), marker).unwrap();
 }
 
 #[test]
@@ -260,13 +301,14 @@ fn a_missing_file_is_corruption_not_an_empty_store() {
 #[test]
 fn damage_to_a_table_is_never_served() {
     let intact = filled();
-    let expected = scan_all(&VersionStore::open(intact.path()).unwrap(), 100).unwrap();
+    let expected = read_everything(intact.path()).unwrap();
+    assert_eq!((expected.newest.len(), expected.changes.len(), expected.records.len()), (KEYS.len(), 100, 2));
     let directory = filled();
     for table in tables(directory.path()) {
         let length = fs::metadata(&table).unwrap().len();
         for offset in (0..length).step_by(37) {
             flip(&table, offset);
-            let outcome = VersionStore::open(directory.path()).and_then(|store| scan_all(&store, 100));
+            let outcome = read_everything(directory.path());
             match outcome {
                 // Bytes that nothing reads, such as padding.
                 Ok(found) => assert_eq!(found, expected, "{} at {offset}", table.display()),
@@ -277,7 +319,7 @@ fn damage_to_a_table_is_never_served() {
             flip(&table, offset);
         }
     }
-    assert_eq!(scan_all(&VersionStore::open(directory.path()).unwrap(), 100).unwrap(), expected);
+    assert_eq!(read_everything(directory.path()).unwrap(), expected);
 }
 
 fn flip(path: &Path, offset: u64) {
@@ -289,34 +331,85 @@ fn flip(path: &Path, offset: u64) {
     file.write_all(&[byte[0] ^ 0x40]).unwrap();
 }
 
+/// Writes past the store what [`filled`] left, as no sound program would.
+fn tamper(path: &Path, change: impl FnOnce(&mut WriteBatch)) {
+    let rocks = DB::open_default(path).unwrap();
+    let mut batch = WriteBatch::default();
+    change(&mut batch);
+    rocks.write_opt(batch, &WriteOptions::default()).unwrap();
+}
+
+fn version_key(key: &[u8], revision: u64) -> Vec<u8> {
+    let mut version_key = Vec::new();
+    encoding::put_version_key(&mut version_key, key, Revision(revision));
+    version_key
+}
+
 /// Damage that RocksDB's own checksums cannot see, since it happened before they were made.
 #[test]
 fn a_record_that_is_not_what_was_written_is_corruption() {
-    let mut key = Vec::new();
-    encoding::put_version_key(&mut key, b"a", Revision(2));
+    let key = version_key(b"a", 2);
     let mut record = Vec::new();
     encoding::encode_change(&mut record, &key, &put(b"a", 2));
-    let mut damaged = record.clone();
-    *damaged.last_mut().unwrap() ^= 1;
-    let mut other_key = Vec::new();
-    encoding::put_version_key(&mut other_key, b"b", Revision(2));
+    let (mut index_key, mut entry) = (Vec::new(), Vec::new());
+    encoding::IndexEntry::of(&put(b"a", 2)).encode(&mut index_key, &mut entry);
+    let lease_key = encoding::record_key(RecordKey::Lease(LeaseId(7))).to_vec();
+    let lease = encoding::encode_record(&lease_key, b"what it holds");
+    let damaged = |record: &[u8]| {
+        let mut damaged = record.to_vec();
+        *damaged.last_mut().unwrap() ^= 1;
+        damaged
+    };
 
     let cases = [
-        ("value", key.clone(), damaged),
-        ("place", other_key, record.clone()),
+        ("value", key, damaged(&record)),
+        ("place", version_key(b"b", 2), record.clone()),
         ("key", b"v\0\x03".to_vec(), record),
         ("state", encoding::STATE_KEY.to_vec(), b"nonsense".to_vec()),
+        ("index", index_key, damaged(&entry)),
+        ("place in the index", [&encoding::index_bound(Revision(2)), &b"z"[..]].concat(), entry),
+        ("lease", lease_key.clone(), damaged(&lease)),
+        ("place of a lease", encoding::record_key(RecordKey::Lease(LeaseId(8))).to_vec(), lease.clone()),
+        ("kind of a lease", encoding::record_key(RecordKey::Session(SessionId(7))).to_vec(), lease.clone()),
+        ("key of a lease", [&lease_key, &b"\0"[..]].concat(), lease),
     ];
     for (what, key, record) in cases {
         let directory = filled();
-        let rocks = DB::open_default(directory.path()).unwrap();
-        let mut batch = WriteBatch::default();
-        batch.put(key, record);
-        rocks.write_opt(batch, &WriteOptions::default()).unwrap();
-        drop(rocks);
-        let outcome = VersionStore::open(directory.path()).and_then(|store| scan_all(&store, 2));
+        tamper(directory.path(), |batch| batch.put(key, record));
+        let outcome = VersionStore::open(directory.path()).and_then(|store| {
+            // From the revision with the damage on: the index has nothing before its first revision.
+            let found = scan_all(&store, 2)?;
+            store.changes(b"", None, Revision(0), Revision(100), false, usize::MAX)?;
+            store.recovered_records()?;
+            Ok(found)
+        });
         assert!(matches!(outcome, Err(StorageError::Corrupt { .. })), "{what}: {outcome:?}");
     }
+}
+
+/// Both the version that a revision left and the one it replaced.
+#[test]
+fn a_version_that_the_index_lists_and_is_not_there_is_corruption() {
+    for revision in [50, 50 - 7] {
+        let directory = filled();
+        let key = KEYS[50 % KEYS.len()];
+        tamper(directory.path(), |batch| batch.delete(version_key(key, revision)));
+        let store = VersionStore::open(directory.path()).unwrap();
+        let outcome = store.changes(b"", None, Revision(50), Revision(50), true, usize::MAX);
+        assert!(matches!(outcome, Err(StorageError::Corrupt { .. })), "{outcome:?}");
+    }
+}
+
+/// What to remove is no longer known, so the node must not go on as if it were.
+#[test]
+fn cleaning_that_meets_damage_stops_the_writer() {
+    let directory = filled();
+    tamper(directory.path(), |batch| batch.put([&encoding::index_bound(Revision(3)), &b"a"[..]].concat(), b"nonsense"));
+    let store = VersionStore::open(directory.path()).unwrap();
+    submit(&store, Vec::new(), StoreState { compacted: Revision(10), ..state(100) }).unwrap();
+    let refused = store.wait_written(Revision(101), GENEROUS);
+    assert!(matches!(refused, Err(StorageError::Corrupt { .. })), "{refused:?}");
+    assert!(matches!(submit(&store, Vec::new(), state(101)), Err(StorageError::Corrupt { .. })));
 }
 
 #[test]

@@ -8,8 +8,11 @@
 //! The writer takes whatever has accumulated and writes it as one batch together with the state that the last
 //! submission in it stands for. The flusher makes memtables durable while the writer goes on. After the first failure
 //! nothing more is written and every call answers with it: writing on could leave a hole.
+//!
+//! Between batches the writer cleans what compaction gave up: a chunk at a time while nothing waits, and while
+//! something does as many changes as the batch before brought, so that the history does not outgrow its cleaning.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -18,13 +21,16 @@ use d_engine_proto::Revision;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rocksdb::WriteBatch;
 
+use super::cleaner::{Cleaned, Cleaner};
 use super::database::Database;
-use super::encoding::{self, STATE_KEY};
-use super::{Change, StoreState, Submission};
+use super::encoding::{self, IndexEntry, STATE_KEY};
+use super::{Change, RecordKey, RecordValue, StoreState, Submission};
 use crate::storage::{LogPosition, StorageError};
 
 /// What a change costs in the queue besides its key and value.
 const CHANGE_OVERHEAD_BYTES: usize = 128;
+/// What a record costs in the queue, roughly: its size is known only once it is encoded.
+const RECORD_BYTES: usize = 256;
 
 /// How much may be on its way. Each number trades memory for throughput; none affects what is stored.
 #[derive(Clone, Copy, Debug)]
@@ -33,13 +39,16 @@ pub(super) struct Bounds {
     pub(super) queue_bytes_max: usize,
     /// Bytes of one batch: tens of thousands of small operations, and short enough not to delay the next for long.
     pub(super) batch_bytes_max: usize,
-    /// Bytes written between two flushes: what a restart has to apply again.
+    /// Bytes written between two flushes: what a restart has to apply again. Cleaning that freed as much is flushed
+    /// too, so that the disk gets it back.
     pub(super) flush_bytes: usize,
+    /// Bytes of a batch that cleans: it takes a few milliseconds.
+    pub(super) clean_bytes: usize,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
-        Self { queue_bytes_max: 64 << 20, batch_bytes_max: 8 << 20, flush_bytes: 32 << 20 }
+        Self { queue_bytes_max: 64 << 20, batch_bytes_max: 8 << 20, flush_bytes: 32 << 20, clean_bytes: 64 << 10 }
     }
 }
 
@@ -57,13 +66,6 @@ struct Mark {
     revision: Revision,
 }
 
-/// What went wrong first.
-#[derive(Clone, Debug)]
-struct Failure {
-    action: &'static str,
-    message: String,
-}
-
 struct Progress {
     queue: VecDeque<Queued>,
     /// Bytes submitted and not yet written.
@@ -75,13 +77,18 @@ struct Progress {
     durable: Mark,
     /// The flusher works until `durable` reaches this many submissions.
     flush_to: u64,
-    failure: Option<Failure>,
+    /// Whether cleaning wants a flush.
+    settle: bool,
+    /// What went wrong first.
+    failure: Option<StorageError>,
     stopping: bool,
 }
 
 struct Shared {
     database: Arc<Database>,
     bounds: Bounds,
+    /// The oldest readable revision as of opening.
+    compacted: Revision,
     progress: Mutex<Progress>,
     /// The writer waits for submissions.
     writable: Condvar,
@@ -108,12 +115,14 @@ impl WriteBehind {
             written: start,
             durable: start,
             flush_to: 0,
+            settle: false,
             failure: None,
             stopping: false,
         };
         let shared = Arc::new(Shared {
             database,
             bounds,
+            compacted: state.compacted,
             progress: Mutex::new(progress),
             writable: Condvar::new(),
             flushable: Condvar::new(),
@@ -131,10 +140,10 @@ impl WriteBehind {
             let _guard = FailOnPanic { shared: &shared, thread: name };
             work(&shared);
         };
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(run).map_err(|error| {
-            let failure = Failure { action: "start a thread for versions in", message: error.to_string() };
-            self.shared.error(&failure)
-        })?;
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(run)
+            .map_err(|error| self.shared.io_error("start a thread for versions in", error.to_string()))?;
         self.threads.push(thread);
         Ok(())
     }
@@ -142,7 +151,7 @@ impl WriteBehind {
     /// Queues what one log entry led to. Waits while the queue is full.
     pub(super) fn submit(&self, submission: Submission) -> Result<(), StorageError> {
         let shared = &self.shared;
-        let bytes = CHANGE_OVERHEAD_BYTES + submission.changes.iter().map(change_bytes).sum::<usize>();
+        let bytes = submission_bytes(&submission);
         let mut progress = shared.progress.lock();
         // What is larger than the whole queue goes through it alone.
         let full = |progress: &mut Progress| {
@@ -162,6 +171,11 @@ impl WriteBehind {
     /// The last submission known to be durable.
     pub(super) fn durable(&self) -> Option<LogPosition> {
         self.shared.progress.lock().durable.position
+    }
+
+    /// The last revision that is readable.
+    pub(super) fn written(&self) -> Revision {
+        self.shared.progress.lock().written.revision
     }
 
     /// Waits until `revision` is readable; answers the revision that is, smaller if time ran out.
@@ -203,52 +217,80 @@ impl Shared {
     /// The writer's life.
     fn write_all(&self) {
         let mut encoder = Encoder::default();
-        let mut unflushed_bytes = 0;
-        while let Some((changes, state, mark, bytes)) = self.next_batch() {
-            let batch = encoder.encode(&changes, &state);
-            unflushed_bytes += batch.size_in_bytes();
-            let result = self.database.write(batch);
-            let mut progress = self.progress.lock();
-            if let Err(error) = result {
-                return self.fail(progress, Failure { action: "write versions in", message: error.to_string() });
+        let mut cleaner = Cleaner::new(self.compacted, self.bounds.clean_bytes);
+        let (mut unflushed_bytes, mut freed_bytes) = (0, 0);
+        while let Some(batch) = self.next_batch(cleaner.is_due()) {
+            let mut changes = 0;
+            if let Some(batch) = batch {
+                changes = batch.changes.iter().map(|changes| changes.len()).sum();
+                let encoded = encoder.encode(&batch);
+                unflushed_bytes += encoded.size_in_bytes();
+                if let Err(error) = self.database.write(encoded) {
+                    return self.fail(self.progress.lock(), self.database.failed("write versions in", &error));
+                }
+                cleaner.allow(batch.state.compacted);
+                let mut progress = self.progress.lock();
+                progress.written = batch.mark();
+                progress.pending_bytes -= batch.bytes;
+                if unflushed_bytes >= self.bounds.flush_bytes {
+                    unflushed_bytes = 0;
+                    progress.flush_to = progress.flush_to.max(batch.submissions);
+                }
+                if progress.flush_to > progress.durable.submissions {
+                    self.flushable.notify_one();
+                }
+                self.progressed.notify_all();
             }
-            progress.written = mark;
-            progress.pending_bytes -= bytes;
-            if unflushed_bytes >= self.bounds.flush_bytes {
-                unflushed_bytes = 0;
-                progress.flush_to = progress.flush_to.max(mark.submissions);
+            match self.clean(&mut cleaner, changes) {
+                Ok(cleaned) => {
+                    unflushed_bytes += cleaned.written_bytes;
+                    freed_bytes += cleaned.freed_bytes;
+                }
+                Err(error) => return self.fail(self.progress.lock(), error),
             }
-            if progress.flush_to > progress.durable.submissions {
+            if freed_bytes >= self.bounds.flush_bytes && !cleaner.is_due() {
+                freed_bytes = 0;
+                self.progress.lock().settle = true;
                 self.flushable.notify_one();
             }
-            self.progressed.notify_all();
         }
     }
 
-    /// What has accumulated, up to a batch; `None` when it is time to end.
-    fn next_batch(&self) -> Option<(Vec<Arc<Vec<Change>>>, StoreState, Mark, usize)> {
+    /// Cleans the traces of as many changes, a chunk at least.
+    fn clean(&self, cleaner: &mut Cleaner, changes: usize) -> Result<Cleaned, StorageError> {
+        let mut total = Cleaned::default();
+        while cleaner.is_due() {
+            let chunk = cleaner.clean(&self.database)?;
+            total.changes += chunk.changes;
+            total.written_bytes += chunk.written_bytes;
+            total.freed_bytes += chunk.freed_bytes;
+            if total.changes >= changes {
+                break;
+            }
+        }
+        Ok(total)
+    }
+
+    /// What has accumulated, up to a batch; without waiting for it if there is other work. `None` when it is time to
+    /// end.
+    fn next_batch(&self, has_other_work: bool) -> Option<Option<Batch>> {
         let mut progress = self.progress.lock();
         self.writable.wait_while(&mut progress, |progress| {
-            progress.queue.is_empty() && !progress.stopping && progress.failure.is_none()
+            progress.queue.is_empty() && !has_other_work && !progress.stopping && progress.failure.is_none()
         });
         if progress.stopping || progress.failure.is_some() {
             return None;
         }
-        let Queued { submission, mut bytes } = progress.queue.pop_front()?;
-        let mut changes = vec![submission.changes];
-        let mut state = submission.state;
-        let mut submissions = progress.written.submissions + 1;
+        let Some(first) = progress.queue.pop_front() else { return Some(None) };
+        let mut batch = Batch::after(&progress.written);
+        batch.add(first);
         while let Some(next) = progress.queue.front()
-            && bytes + next.bytes <= self.bounds.batch_bytes_max
+            && batch.bytes + next.bytes <= self.bounds.batch_bytes_max
             && let Some(next) = progress.queue.pop_front()
         {
-            changes.push(next.submission.changes);
-            state = next.submission.state;
-            bytes += next.bytes;
-            submissions += 1;
+            batch.add(next);
         }
-        let mark = Mark { submissions, position: state.position, revision: state.revision };
-        Some((changes, state, mark, bytes))
+        Some(Some(batch))
     }
 
     /// The flusher's life.
@@ -258,24 +300,25 @@ impl Shared {
             self.flushable.wait_while(&mut progress, |progress| {
                 let wanted = progress.flush_to > progress.durable.submissions
                     && progress.written.submissions >= progress.flush_to;
-                !wanted && !progress.stopping && progress.failure.is_none()
+                !wanted && !progress.settle && !progress.stopping && progress.failure.is_none()
             });
             if progress.stopping || progress.failure.is_some() {
                 return;
             }
             // What is written now, at least, will be durable once the flush returns.
             let mark = progress.written;
+            progress.settle = false;
             let result = MutexGuard::unlocked(&mut progress, || self.database.flush());
             if let Err(error) = result {
-                return self.fail(progress, Failure { action: "flush versions in", message: error.to_string() });
+                return self.fail(progress, self.database.failed("flush versions in", &error));
             }
             progress.durable = mark;
             self.progressed.notify_all();
         }
     }
 
-    fn fail(&self, mut progress: MutexGuard<'_, Progress>, failure: Failure) {
-        tracing::error!(error = %self.error(&failure), "the history can no longer be written");
+    fn fail(&self, mut progress: MutexGuard<'_, Progress>, failure: StorageError) {
+        tracing::error!(error = %failure, "the history can no longer be written");
         progress.failure.get_or_insert(failure);
         self.writable.notify_all();
         self.flushable.notify_all();
@@ -283,15 +326,11 @@ impl Shared {
     }
 
     fn check(&self, progress: &Progress) -> Result<(), StorageError> {
-        progress.failure.as_ref().map_or(Ok(()), |failure| Err(self.error(failure)))
+        progress.failure.clone().map_or(Ok(()), Err)
     }
 
-    fn error(&self, failure: &Failure) -> StorageError {
-        StorageError::Io {
-            action: failure.action,
-            path: self.database.path().to_owned(),
-            message: failure.message.clone(),
-        }
+    fn io_error(&self, action: &'static str, message: String) -> StorageError {
+        StorageError::Io { action, path: self.database.path().to_owned(), message }
     }
 }
 
@@ -304,9 +343,47 @@ struct FailOnPanic<'a> {
 impl Drop for FailOnPanic<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            let failure = Failure { action: "write versions in", message: format!("thread {} panicked", self.thread) };
+            let failure = self.shared.io_error("write versions in", format!("thread {} panicked", self.thread));
             self.shared.fail(self.shared.progress.lock(), failure);
         }
+    }
+}
+
+/// Submissions that are written together, and where that leads.
+struct Batch {
+    /// In the order of revisions and, within one, of keys.
+    changes: Vec<Arc<Vec<Change>>>,
+    /// The last value of each record.
+    records: BTreeMap<RecordKey, Option<Arc<dyn RecordValue>>>,
+    state: StoreState,
+    /// Submissions of this process up to the last one here.
+    submissions: u64,
+    /// What the submissions cost the queue.
+    bytes: usize,
+}
+
+impl Batch {
+    /// An empty one, to follow what is written.
+    fn after(written: &Mark) -> Self {
+        Self {
+            changes: Vec::new(),
+            records: BTreeMap::new(),
+            state: StoreState::default(),
+            submissions: written.submissions,
+            bytes: 0,
+        }
+    }
+
+    fn add(&mut self, Queued { submission, bytes }: Queued) {
+        self.changes.push(submission.changes);
+        self.records.extend(submission.records.into_iter().map(|record| (record.key, record.value)));
+        self.state = submission.state;
+        self.submissions += 1;
+        self.bytes += bytes;
+    }
+
+    fn mark(&self) -> Mark {
+        Mark { submissions: self.submissions, position: self.state.position, revision: self.state.revision }
     }
 }
 
@@ -318,21 +395,38 @@ struct Encoder {
 }
 
 impl Encoder {
-    /// The changes in the order of their keys on disk, which RocksDB takes fastest, and the state they lead to.
-    fn encode(&mut self, changes: &[Arc<Vec<Change>>], state: &StoreState) -> WriteBatch {
-        let mut changes: Vec<&Change> = changes.iter().flat_map(|changes| changes.iter()).collect();
+    /// The state, the index, the records and the versions, these in the order of their keys on disk, which RocksDB
+    /// takes fastest.
+    fn encode(&mut self, batch: &Batch) -> WriteBatch {
+        let mut out = WriteBatch::default();
+        out.put(STATE_KEY, encoding::encode_state(&batch.state));
+        for (key, value) in &batch.records {
+            let key = encoding::record_key(*key);
+            match value {
+                Some(value) => out.put(key, encoding::encode_record(&key, &value.encode())),
+                None => out.delete(key),
+            }
+        }
+        let mut changes: Vec<&Change> = batch.changes.iter().flat_map(|changes| changes.iter()).collect();
+        for change in &changes {
+            IndexEntry::of(change).encode(&mut self.key, &mut self.record);
+            out.put(&self.key, &self.record);
+        }
         // No two changes share key and revision, so an unstable sort loses nothing.
         changes.sort_unstable_by(|a, b| (&a.key, a.revision).cmp(&(&b.key, b.revision)));
-        let mut batch = WriteBatch::default();
-        batch.put(STATE_KEY, encoding::encode_state(state));
         for change in changes {
             self.key.clear();
             encoding::put_version_key(&mut self.key, &change.key, change.revision);
             encoding::encode_change(&mut self.record, &self.key, change);
-            batch.put(&self.key, &self.record);
+            out.put(&self.key, &self.record);
         }
-        batch
+        out
     }
+}
+
+fn submission_bytes(submission: &Submission) -> usize {
+    let changes = submission.changes.iter().map(change_bytes).sum::<usize>();
+    CHANGE_OVERHEAD_BYTES + changes + submission.records.len() * RECORD_BYTES
 }
 
 fn change_bytes(change: &Change) -> usize {
@@ -341,8 +435,12 @@ fn change_bytes(change: &Change) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
+    use bytes::Bytes;
+    use d_engine_proto::{LeaseId, SessionId};
+
+    use super::super::Record;
     use super::*;
 
     fn delete(bytes: usize, revision: u64) -> Submission {
@@ -359,7 +457,8 @@ mod tests {
     fn no_more_is_pending_than_the_queue_may_hold_and_what_is_larger_passes_alone() {
         let directory = tempfile::tempdir().unwrap();
         let (database, start) = Database::open(directory.path()).unwrap();
-        let bounds = Bounds { queue_bytes_max: 4 << 10, batch_bytes_max: 1 << 10, flush_bytes: 16 << 10 };
+        let bounds =
+            Bounds { queue_bytes_max: 4 << 10, batch_bytes_max: 1 << 10, flush_bytes: 16 << 10, clean_bytes: 64 };
         let write_behind = WriteBehind::start(Arc::new(database), &start, bounds).unwrap();
         for revision in 1..=500 {
             let bytes = if revision % 50 == 0 { 10 << 10 } else { 500 };
@@ -371,6 +470,32 @@ mod tests {
         write_behind.flush().unwrap();
         assert_eq!(write_behind.shared.progress.lock().pending_bytes, 0);
         assert_eq!(write_behind.shared.progress.lock().durable.revision, Revision(500));
+    }
+
+    /// Counts how often it is encoded.
+    struct Counted(AtomicUsize);
+
+    impl RecordValue for Counted {
+        fn encode(&self) -> Vec<u8> {
+            vec![u8::try_from(self.0.fetch_add(1, Ordering::Relaxed)).unwrap()]
+        }
+    }
+
+    #[test]
+    fn only_the_last_value_of_a_record_is_encoded_and_written() {
+        let (lease, session) = (RecordKey::Lease(LeaseId(1)), RecordKey::Session(SessionId(1)));
+        let values: Vec<_> = (0..3).map(|_| Arc::new(Counted(AtomicUsize::new(0)))).collect();
+        let mut batch = Batch::after(&Mark { submissions: 7, position: None, revision: Revision(0) });
+        for value in &values {
+            let records = [(lease, Some(Arc::clone(value) as Arc<dyn RecordValue>)), (session, None)];
+            let records = records.map(|(key, value)| Record { key, value }).into();
+            batch.add(Queued { submission: Submission { records, ..Default::default() }, bytes: 10 });
+        }
+        assert_eq!((batch.mark().submissions, batch.bytes), (10, 30));
+        // The state, the lease and the session.
+        assert_eq!(Encoder::default().encode(&batch).len(), 3);
+        let encoded: Vec<_> = values.iter().map(|value| value.0.load(Ordering::Relaxed)).collect();
+        assert_eq!(encoded, [0, 0, 1]);
     }
 
     #[test]

@@ -1,13 +1,17 @@
 //! The store against a naive model, by example and under random commands; then killed and reopened.
 
 mod answers;
+mod compaction;
 mod crash;
 mod examples;
+mod leases;
 mod model;
 mod random;
 mod ranges;
 mod refusals;
 mod replay;
+mod restore;
+mod sessions;
 mod txns;
 
 use std::time::Duration;
@@ -18,6 +22,7 @@ use d_engine_proto::{LogIndex, Term};
 use prost::Message;
 
 use super::Store;
+use super::store::Effects;
 use crate::state_machine::{CommittedEntry, EntryContent, StoreTime};
 use crate::storage::LogPosition;
 
@@ -25,11 +30,15 @@ fn position(index: u64) -> LogPosition {
     LogPosition { term: Term(1 + index / 10), index: LogIndex(index) }
 }
 
-/// An entry of one batch.
+/// An entry of one batch, a millisecond after the one before it.
 fn entry(index: u64, commands: &[v1::Command]) -> CommittedEntry {
+    entry_at(index, Duration::from_millis(index), commands)
+}
+
+fn entry_at(index: u64, store_time: Duration, commands: &[v1::Command]) -> CommittedEntry {
     let commands = commands.iter().map(|command| command.encode_to_vec().into()).collect();
-    let store_time = StoreTime(Duration::from_millis(index));
-    CommittedEntry { position: position(index), content: EntryContent::Commands { store_time, commands } }
+    let content = EntryContent::Commands { store_time: StoreTime(store_time), commands };
+    CommittedEntry { position: position(index), content }
 }
 
 fn decode(answers: &[Bytes]) -> Vec<v1::CommandReply> {
@@ -42,6 +51,14 @@ fn apply(store: &mut Store, command: command::Command) -> v1::CommandReply {
     let effects = store.apply(&entry(index, &[v1::Command::from(command)]));
     store.validate().unwrap();
     decode(&effects.answers).remove(0)
+}
+
+/// Applies commands as the next entry, at a store time of its own, and checks the invariants.
+fn apply_at(store: &mut Store, milliseconds: u64, commands: &[v1::Command]) -> Effects {
+    let index = store.state().position.map_or(1, |position| position.index.get() + 1);
+    let effects = store.apply(&entry_at(index, Duration::from_millis(milliseconds), commands));
+    store.validate().unwrap();
+    effects
 }
 
 /// Applies a transaction that must be accepted.

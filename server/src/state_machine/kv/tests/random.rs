@@ -1,10 +1,12 @@
 //! Random entries and reads over few keys, so that they meet each other; now and then one that must be refused.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use d_engine_proto::v1::{self, command::Command, compare, txn_operation::Operation};
 use fastrand::Rng;
 
-use super::{entry, operations, position};
+use super::{entry_at, operations, position};
 use crate::state_machine::{CommittedEntry, EntryContent};
 
 /// Keys that are prefixes of each other, not UTF-8, and full of the bytes that encodings trip over.
@@ -38,34 +40,108 @@ pub(super) fn seed() -> u64 {
     seed
 }
 
-/// The entry at `index` of the log that a seed stands for, with its commands.
-pub(super) fn log_entry(seed: u64, index: u64) -> (CommittedEntry, Vec<v1::Command>) {
+/// The entry at `index` of the log that a seed stands for.
+pub(super) fn log_entry(seed: u64, index: u64) -> CommittedEntry {
     let mut rng = Rng::with_seed(seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let content = match rng.u32(..16) {
+        _ if index.is_multiple_of(ENTRIES_PER_SESSION) => {
+            let register = v1::SessionRegisterRequest { ttl_ms: rng.u64(1000..4000) };
+            let rest = (0..rng.usize(..4)).map(|_| command(&mut rng, index));
+            let commands: Vec<_> =
+                std::iter::once(v1::Command::from(Command::SessionRegister(register))).chain(rest).collect();
+            return entry_at(index, time(&mut rng, index), &commands);
+        }
         0 => EntryContent::Blank,
         1 => EntryContent::Membership(Bytes::from(format!("members as of {index}"))),
         _ => {
-            let commands: Vec<_> = (0..rng.usize(1..6)).map(|_| command(&mut rng)).collect();
-            return (entry(index, &commands), commands);
+            let commands: Vec<_> = (0..rng.usize(1..6)).map(|_| command(&mut rng, index)).collect();
+            return entry_at(index, time(&mut rng, index), &commands);
         }
     };
-    (CommittedEntry { position: position(index), content }, Vec::new())
+    CommittedEntry { position: position(index), content }
 }
 
-fn command(rng: &mut Rng) -> v1::Command {
-    let command = match rng.u32(..10) {
-        0..4 => Command::Put(put(rng)),
-        4 => Command::Delete(delete(rng)),
-        5 => Command::DeleteRange(delete_range(rng)),
-        6 | 7 => Command::CompareAndSwap(v1::CompareAndSwapRequest {
+/// One session is registered each so many entries, so that the newest id at any entry is known here.
+const ENTRIES_PER_SESSION: u64 = 7;
+
+/// Small steps, now and then back, and a few that are longer than a session lives.
+fn time(rng: &mut Rng, index: u64) -> Duration {
+    Duration::from_millis(40 * index + rng.u64(..150) + 2500 * (index / 30))
+}
+
+fn command(rng: &mut Rng, index: u64) -> v1::Command {
+    let command = match rng.u32(..20) {
+        0..6 => Command::Put(put(rng)),
+        6 => Command::Delete(delete(rng)),
+        7 => Command::DeleteRange(delete_range(rng)),
+        8 | 9 => Command::CompareAndSwap(v1::CompareAndSwapRequest {
             key: key(rng),
             expected: rng.bool().then(|| value(rng)),
             value: value(rng),
+            lease: if rng.u32(..4) == 0 { lease(rng) } else { 0 },
             ..Default::default()
         }),
-        _ => Command::Txn(txn(rng, 0, true)),
+        10..13 => Command::Txn(txn(rng, 0, true)),
+        13 | 14 => Command::LeaseGrant(v1::LeaseGrantRequest {
+            ttl_ms: ttl_ms(rng),
+            lease: if rng.u32(..3) == 0 { 0 } else { lease(rng) },
+            ..Default::default()
+        }),
+        15 => Command::LeaseRevoke(v1::LeaseRevokeRequest { lease: lease(rng), ..Default::default() }),
+        16 => Command::LeaseRenewals(v1::LeaseRenewals { leases: (0..rng.usize(..5)).map(|_| lease(rng)).collect() }),
+        17 => Command::Compact(v1::CompactRequest { target: compact_target(rng, index) }),
+        18 => Command::Tick(v1::Tick {}),
+        _ => match rng.u32(..8) {
+            0 => Command::SessionRegister(v1::SessionRegisterRequest { ttl_ms: 999 }),
+            1 | 2 => Command::SessionClose(v1::SessionCloseRequest { session: session(rng, index) }),
+            _ => Command::SessionRenew(v1::SessionRenewRequest { session: session(rng, index) }),
+        },
     };
-    v1::Command::from(command)
+    let session = (rng.u32(..3) == 0).then(|| session_call(rng, index));
+    v1::Command { command: Some(command), session, payload_hash: u64::from(rng.u32(..8) == 0) }
+}
+
+/// Mostly one that is alive.
+fn session(rng: &mut Rng, index: u64) -> u64 {
+    (index / ENTRIES_PER_SESSION + 1).saturating_sub(rng.u64(..6))
+}
+
+/// Few sequences, so that they meet again; some out of the window, acknowledged before, or acknowledging themselves.
+fn session_call(rng: &mut Rng, index: u64) -> v1::SessionCall {
+    let session = session(rng, index);
+    let age = index.saturating_sub(session * ENTRIES_PER_SESSION);
+    let sequence = if rng.u32(..16) == 0 { 4090 + rng.u64(..20) } else { rng.u64(..6 + age / 2) };
+    let acknowledged_through = match rng.u32(..16) {
+        0 => sequence,
+        1 => sequence + rng.u64(..3),
+        2..6 => rng.u64(..2 + age / 3),
+        _ => 0,
+    };
+    v1::SessionCall { session, sequence, acknowledged_through }
+}
+
+/// Few ids, so that they meet again; the last ones are too large to be chosen.
+fn lease(rng: &mut Rng) -> u64 {
+    match rng.u32(..60) {
+        0 => 0,
+        1 => u64::MAX / 2 + rng.u64(..2),
+        2..6 => 1000 + rng.u64(..3),
+        6..16 => rng.u64(1..200),
+        _ => rng.u64(1..8),
+    }
+}
+
+fn ttl_ms(rng: &mut Rng) -> u64 {
+    if rng.u32(..30) == 0 { 99 } else { rng.u64(100..1500) }
+}
+
+fn compact_target(rng: &mut Rng, index: u64) -> Option<v1::compact_request::Target> {
+    match rng.u32(..8) {
+        0 => None,
+        1 => Some(v1::compact_request::Target::OlderThanMs(1)),
+        // There is about one revision for each entry.
+        _ => Some(v1::compact_request::Target::Revision(rng.u64(..=index))),
+    }
 }
 
 pub(super) fn get(rng: &mut Rng) -> v1::GetRequest {
@@ -142,14 +218,20 @@ fn compare(rng: &mut Rng, any_key: bool) -> v1::Compare {
         1 => compare::Target::Version(rng.u64(..4)),
         2 => compare::Target::CreateRevision(rng.u64(..40)),
         3 => compare::Target::ModRevision(rng.u64(..40)),
-        _ => compare::Target::Lease(rng.u64(..2)),
+        _ => compare::Target::Lease(rng.u64(..8)),
     };
     let key = if any_key { key(rng) } else { good_key(rng) };
     v1::Compare { key, relation: rng.i32(0..4), target: Some(target) }
 }
 
 fn put(rng: &mut Rng) -> v1::PutRequest {
-    v1::PutRequest { key: key(rng), value: value(rng), return_previous: rng.bool(), ..Default::default() }
+    let (lease, ttl_ms) = match rng.u32(..40) {
+        0 => (lease(rng), ttl_ms(rng)),
+        1..8 => (lease(rng), 0),
+        8..16 => (0, ttl_ms(rng)),
+        _ => (0, 0),
+    };
+    v1::PutRequest { key: key(rng), value: value(rng), lease, return_previous: rng.bool(), ttl_ms, session: None }
 }
 
 fn delete(rng: &mut Rng) -> v1::DeleteRequest {

@@ -204,18 +204,6 @@ fn read_options_belong_to_reads_that_stand_alone() {
 }
 
 #[test]
-fn leases_are_refused_until_there_are_any() {
-    let swap = v1::CompareAndSwapRequest { lease: 7, key: get(b"a").key, ..Default::default() };
-    let leased = || v1::PutRequest { lease: 7, ..put(b"a", b"") };
-    for refusal in
-        [check_put(leased()), check(Command::CompareAndSwap(swap)), check_txn(txn(vec![Operation::Put(leased())]))]
-    {
-        assert_eq!(refusal, Err(KvError::NoLeases { lease: 7 }));
-    }
-    assert_eq!(KvError::NoLeases { lease: 7 }.code(), ErrorCode::Unsupported);
-}
-
-#[test]
 fn a_transaction_is_read_only_when_no_branch_can_write() {
     let nest = |operation: Operation| txn(vec![Operation::Txn(txn(vec![operation]))]);
     let delete_all = delete_range(b"", b"");

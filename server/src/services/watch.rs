@@ -1,0 +1,318 @@
+//! `d_engine.v1.Watch`: many watches on one stream.
+//!
+//! A service by hand rather than over the generated one, whose answers would be encoded for each watch: here an answer
+//! with events is the number of the watch followed by bytes that all watches of a group share.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::{BufMut, Bytes};
+use d_engine_proto::v1::{self, Outcome, watch_request::Action, watch_response::Kind, watch_server};
+use d_engine_proto::{DetailedStatus, ErrorCode};
+use futures_util::stream::{AbortHandle, Abortable, SelectAll};
+use futures_util::{Stream, StreamExt, future};
+use prost::Message;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codegen::{Body, BoxFuture, Service, StdError, http};
+use tonic::server::{Grpc, NamedService, StreamingService};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::error::{explain, status};
+use crate::engine::{Engine, EngineError};
+use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, WATCHES_PER_STREAM_MAX};
+use crate::watch::{Delivery, Lane, Update, Watch, WatchError};
+
+const METHOD: &str = "/d_engine.v1.Watch/Watch";
+/// Field of `WatchResponse`.
+const WATCH_ID: u32 = 1;
+
+/// The service.
+#[derive(Clone)]
+pub(super) struct WatchService {
+    engine: Engine,
+}
+
+impl WatchService {
+    pub(super) fn new(engine: Engine) -> Self {
+        Self { engine }
+    }
+}
+
+impl NamedService for WatchService {
+    const NAME: &'static str = watch_server::SERVICE_NAME;
+}
+
+impl<B> Service<http::Request<B>> for WatchService
+where
+    B: Body + Send + 'static,
+    B::Error: Into<StdError> + Send + 'static,
+{
+    type Response = http::Response<tonic::body::Body>;
+    type Error = std::convert::Infallible;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let call = Call(self.engine.clone());
+        Box::pin(async move {
+            if request.uri().path() != METHOD {
+                return Ok(Status::unimplemented("").into_http());
+            }
+            let mut grpc = Grpc::new(WatchCodec).max_decoding_message_size(CLIENT_MESSAGE_BYTES_MAX);
+            Ok(grpc.streaming(call, request).await)
+        })
+    }
+}
+
+struct Call(Engine);
+
+impl StreamingService<v1::WatchRequest> for Call {
+    type Response = Answer;
+    type ResponseStream = Session;
+    type Future = future::Ready<Result<Response<Session>, Status>>;
+
+    fn call(&mut self, request: Request<Streaming<v1::WatchRequest>>) -> Self::Future {
+        future::ready(Session::new(self.0.clone(), request.into_inner()).map(Response::new))
+    }
+}
+
+/// An answer as it is sent.
+enum Answer {
+    Message(v1::WatchResponse),
+    /// Events, encoded but for the watch they are for.
+    Events {
+        watch_id: u64,
+        body: Bytes,
+    },
+}
+
+impl Answer {
+    fn new(watch_id: u64, kind: Kind) -> Self {
+        Self::Message(v1::WatchResponse { watch_id, kind: Some(kind) })
+    }
+
+    fn ended(watch_id: u64, error: &EngineError) -> Self {
+        let message = error.to_string();
+        Self::new(watch_id, Kind::Ended(v1::WatchEnded { error: Some(error.detail()), message }))
+    }
+
+    fn refused(watch_id: u64, code: ErrorCode, message: String) -> Self {
+        let detail =
+            v1::ErrorDetail { code: code.number(), outcome: Outcome::NotApplied as i32, ..v1::ErrorDetail::default() };
+        Self::new(watch_id, Kind::Ended(v1::WatchEnded { error: Some(detail), message }))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct WatchCodec;
+
+impl Codec for WatchCodec {
+    type Encode = Answer;
+    type Decode = v1::WatchRequest;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for WatchCodec {
+    type Item = Answer;
+    type Error = Status;
+
+    fn encode(&mut self, answer: Answer, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        match answer {
+            // An `EncodeBuf` grows as needed.
+            Answer::Message(message) => message.encode_raw(buffer),
+            Answer::Events { watch_id, body } => {
+                if watch_id != 0 {
+                    prost::encoding::uint64::encode(WATCH_ID, &watch_id, buffer);
+                }
+                buffer.reserve(body.len());
+                buffer.put_slice(&body);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Decoder for WatchCodec {
+    type Item = v1::WatchRequest;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<v1::WatchRequest>, Status> {
+        v1::WatchRequest::decode(buffer).map(Some).map_err(|error| {
+            let message = format!("the request is malformed: {error}");
+            status(ErrorCode::InvalidArgument, Outcome::NotApplied, message)
+        })
+    }
+}
+
+/// The answers of one stream. Dropping it ends its watches.
+struct Session {
+    engine: Engine,
+    requests: Streaming<v1::WatchRequest>,
+    /// Whether the client may still send requests.
+    open: bool,
+    /// The watches of the moment. An aborted one is silent from then on.
+    ids: HashMap<u64, AbortHandle>,
+    watches: SelectAll<Abortable<Sending>>,
+    lane: Lane,
+    stopped: Pin<Box<dyn Future<Output = ()> + Send>>,
+    ended: bool,
+}
+
+impl Session {
+    fn new(engine: Engine, requests: Streaming<v1::WatchRequest>) -> Result<Self, Status> {
+        let stopped = match engine.watches() {
+            Some(hub) => Box::pin(hub.stopped()),
+            None => return Err(stream_error(WatchError::Disabled)),
+        };
+        let (ids, watches, lane) = (HashMap::new(), SelectAll::new(), Lane::default());
+        Ok(Self { engine, requests, open: true, ids, watches, lane, stopped, ended: false })
+    }
+
+    /// The answer to a request, if it has one.
+    fn handle(&mut self, request: v1::WatchRequest) -> Option<Answer> {
+        let id = request.watch_id;
+        // Whatever is said of an id ends the watch it has, except that nothing is said.
+        let existing = self.ids.remove(&id);
+        if let Some(watch) = &existing {
+            watch.abort();
+        }
+        Some(match request.action {
+            Some(Action::Create(_)) if existing.is_some() => {
+                let message = format!("watch {id} of this stream exists already, and is ended: give each its own id");
+                Answer::refused(id, ErrorCode::InvalidArgument, message)
+            }
+            Some(Action::Create(create)) => match self.create(id, &create) {
+                Ok(created) => Answer::new(id, Kind::Created(created)),
+                Err(error) => Answer::ended(id, &error),
+            },
+            Some(Action::Cancel(_)) => {
+                existing?;
+                Answer::refused(id, ErrorCode::Cancelled, "the watch was cancelled".to_owned())
+            }
+            None => Answer::refused(id, ErrorCode::InvalidArgument, "action is missing".to_owned()),
+        })
+    }
+
+    fn create(&mut self, id: u64, create: &v1::WatchCreate) -> Result<v1::WatchCreated, EngineError> {
+        if self.ids.len() >= WATCHES_PER_STREAM_MAX {
+            let limit = "watches_per_stream_max";
+            return Err(WatchError::TooMany { max: WATCHES_PER_STREAM_MAX, limit }.into());
+        }
+        let watch = self.engine.watch_in(create, &self.lane)?;
+        let header = self.engine.header(watch.applied());
+        let created = v1::WatchCreated { header, from_revision: watch.from().get() };
+        let (handle, registration) = AbortHandle::new_pair();
+        self.ids.insert(id, handle);
+        self.watches.push(Abortable::new(Sending { id, watch, delivery: None }, registration));
+        Ok(created)
+    }
+
+    fn end(&mut self, status: Status) -> Poll<Option<Result<Answer, Status>>> {
+        self.ended = true;
+        Poll::Ready(Some(Err(status)))
+    }
+}
+
+impl Stream for Session {
+    type Item = Result<Answer, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if this.ended {
+            return Poll::Ready(None);
+        }
+        if this.stopped.as_mut().poll(context).is_ready() {
+            return this.end(stream_error(WatchError::Stopping));
+        }
+        while this.open {
+            match this.requests.poll_next_unpin(context) {
+                Poll::Ready(Some(Ok(request))) => {
+                    if let Some(answer) = this.handle(request) {
+                        return Poll::Ready(Some(Ok(answer)));
+                    }
+                }
+                Poll::Ready(Some(Err(refusal))) => {
+                    let detailed = DetailedStatus::from_status(&refusal).is_some();
+                    return this.end(if detailed { refusal } else { explain(&refusal) });
+                }
+                Poll::Ready(None) => this.open = false,
+                Poll::Pending => break,
+            }
+        }
+        match this.watches.poll_next_unpin(context) {
+            Poll::Ready(Some(Sent::Answer(answer))) => Poll::Ready(Some(Ok(answer))),
+            Poll::Ready(Some(Sent::Ended(_, WatchError::Stopping))) => this.end(stream_error(WatchError::Stopping)),
+            Poll::Ready(Some(Sent::Ended(id, error))) => {
+                this.ids.remove(&id);
+                Poll::Ready(Some(Ok(Answer::ended(id, &error.into()))))
+            }
+            // Without watches there is only the client to wait for.
+            Poll::Ready(None) if this.open => Poll::Pending,
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+/// A watch on its way into a stream.
+struct Sending {
+    id: u64,
+    watch: Watch,
+    /// A delivery of which so many frames are sent.
+    delivery: Option<(Arc<Delivery>, usize)>,
+}
+
+enum Sent {
+    Answer(Answer),
+    Ended(u64, WatchError),
+}
+
+impl Stream for Sending {
+    type Item = Sent;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Sent>> {
+        let this = self.get_mut();
+        let watch_id = this.id;
+        loop {
+            if let Some((delivery, sent)) = &mut this.delivery {
+                if let Some(body) = delivery.frames().get(*sent) {
+                    *sent += 1;
+                    return Poll::Ready(Some(Sent::Answer(Answer::Events { watch_id, body: body.clone() })));
+                }
+                this.delivery = None;
+            }
+            let sent = match std::task::ready!(this.watch.poll_next(context)) {
+                Some(Ok(Update::Events(delivery))) => {
+                    this.delivery = Some((delivery, 0));
+                    continue;
+                }
+                Some(Ok(Update::Bookmark(revision))) => {
+                    let bookmark = v1::WatchBookmark { revision: revision.get() };
+                    Sent::Answer(Answer::new(watch_id, Kind::Bookmark(bookmark)))
+                }
+                Some(Err(error)) => Sent::Ended(watch_id, error),
+                None => return Poll::Ready(None),
+            };
+            return Poll::Ready(Some(sent));
+        }
+    }
+}
+
+fn stream_error(error: WatchError) -> Status {
+    let error = EngineError::from(error);
+    DetailedStatus { message: error.to_string(), detail: error.detail() }.into()
+}
