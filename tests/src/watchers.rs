@@ -17,7 +17,7 @@ use crate::watched::{Amount, Assembler, Delivery, Watched};
 use crate::{truth, wait};
 
 /// A watch at a node that says nothing for so long is opened anew: its connection may be gone without a word.
-const SILENCE: Duration = Duration::from_secs(3);
+const SILENCE: Duration = Duration::from_secs(12);
 /// For one attempt to open a watch.
 const ATTEMPT: Duration = Duration::from_secs(2);
 /// Deliveries between two looks whether what came can be read at the node.
