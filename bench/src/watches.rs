@@ -70,7 +70,8 @@ pub(crate) async fn fan_out(watches: usize, duration: Duration) -> FanOut {
     let (events, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
     let readers: Vec<_> = open.into_iter().map(|watch| tokio::spawn(count(watch, events.clone()))).collect();
     let (cpu_before, began) = (cpu(), Instant::now());
-    let writers: Vec<_> = (0..WRITERS).map(|writer| tokio::spawn(write(client.clone(), writer, stop.clone()))).collect();
+    let writers: Vec<_> =
+        (0..WRITERS).map(|writer| tokio::spawn(write(client.clone(), writer, stop.clone()))).collect();
     tokio::time::sleep(duration).await;
     let (delivered, took, spent) = (events.load(Ordering::Relaxed), began.elapsed(), cpu().saturating_sub(cpu_before));
     stop.store(true, Ordering::Relaxed);
@@ -99,7 +100,10 @@ async fn count(mut watch: WatchStream, events: Arc<AtomicU64>) {
 async fn write(client: Client, writer: usize, stop: Arc<AtomicBool>) -> u64 {
     let mut puts = 0;
     while !stop.load(Ordering::Relaxed) {
-        client.put(format!("{PREFIX}{writer}/{}", puts % 100), vec![b'x'; VALUE_BYTES]).await.expect("a healthy cluster");
+        client
+            .put(format!("{PREFIX}{writer}/{}", puts % 100), vec![b'x'; VALUE_BYTES])
+            .await
+            .expect("a healthy cluster");
         puts += 1;
     }
     puts

@@ -62,8 +62,8 @@ pub(crate) struct Shared {
     pub(crate) runtime: Handle,
     pub(crate) state: Mutex<State>,
     pub(crate) connections: Connections,
-    pub(crate) sessions: Sessions,
     pub(crate) links: Links,
+    pub(crate) sessions: Sessions,
     /// Wakes calls that wait for a node to be available.
     pub(crate) changed: Notify,
     /// Asks for fresh members.

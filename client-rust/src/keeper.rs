@@ -395,3 +395,64 @@ async fn renew_through(
         pulse.read(|life, now| life.confirm(sent, Duration::from_millis(answer.ttl_ms), now));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_millis(900);
+
+    fn life() -> Life {
+        Life { ttl: TTL, confirmed: at(0), lost: false }
+    }
+
+    fn at(ms: u64) -> Moment {
+        Moment::default() + Duration::from_millis(1000 + ms)
+    }
+
+    #[test]
+    fn a_lease_is_suspect_after_two_thirds_and_lost_after_all_of_its_time() {
+        let mut life = life();
+        let states = [0, 599, 600, 899, 900].map(|ms| life.at(at(ms)));
+        use LeaseState::{Alive, Lost, Suspect};
+        assert_eq!(states, [Alive, Alive, Suspect, Suspect, Lost]);
+        assert_eq!(life.at(at(0)), Lost, "for good");
+    }
+
+    #[test]
+    fn a_renewal_counts_from_its_sending() {
+        let mut life = life();
+        life.confirm(at(300), TTL, at(850));
+        assert_eq!(life.at(at(899)), LeaseState::Alive);
+        assert_eq!(life.at(at(900)), LeaseState::Suspect);
+        life.confirm(at(200), TTL, at(901));
+        assert_eq!(life.at(at(1199)), LeaseState::Suspect, "an older one does not take time away");
+        assert_eq!(life.at(at(1200)), LeaseState::Lost);
+    }
+
+    /// The process is stopped after it sent a renewal, and resumes after the lease may have ended: the confirmation that
+    /// waits for it must not bring the lease back, as its holder may have looked already.
+    #[test]
+    fn a_confirmation_that_comes_after_the_end_does_not_bring_the_lease_back() {
+        let mut life = life();
+        life.confirm(at(899), TTL, at(900));
+        assert_eq!(life.at(at(900)), LeaseState::Lost);
+    }
+
+    #[test]
+    fn the_next_change_is_foreseen() {
+        let mut life = life();
+        assert_eq!(life.until_change(at(100)), Some(Duration::from_millis(500)));
+        assert_eq!(life.until_change(at(700)), Some(Duration::from_millis(200)));
+        assert_eq!(life.until_change(at(900)), None);
+    }
+
+    #[tokio::test]
+    async fn watchers_see_a_state_that_was_only_asked_for() {
+        let pulse = Pulse::new(TTL, Moment::now());
+        let states = pulse.states.subscribe();
+        assert_eq!((pulse.state(), *states.borrow()), (LeaseState::Alive, LeaseState::Alive));
+        pulse.life.lock().confirmed = Moment::default();
+        assert_eq!((pulse.state(), *states.borrow()), (LeaseState::Lost, LeaseState::Lost));
+    }
+}

@@ -1,5 +1,5 @@
 //! The smart client of d-engine: it finds the members and the leader, keeps every call within one deadline, repeats
-//! what may be repeated, and says truthfully what became of the rest.
+//! a write until it is answered without ever applying it twice, and says truthfully what became of the rest.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), d_engine_client::Error> {
@@ -15,9 +15,15 @@
 //! # }
 //! ```
 //!
-//! From top to bottom: a request (`read`, `write`, `range`, `txn`, `cluster`) becomes a protocol message and a plan;
-//! `call` makes attempts until one succeeds, `retry` says that it must not go on, or the deadline passes; `topology`
-//! picks the node of each attempt; `connection` has the channels, and `gate` proves what was not sent.
+//! From top to bottom: a request (`read`, `write`, `range`, `txn`, `lease`, `maintenance`, `cluster`) becomes a protocol
+//! message and a plan; `namespace` maps its keys on the way in and those of the answer on the way out; `call` makes
+//! attempts until one succeeds, `retry` says that it must not go on, or the deadline passes; `session` gives a write the
+//! number under which it is applied once; `topology` picks the node of each attempt; `connection` has the channels, and
+//! `gate` proves what was not sent. Beside them, `keeper` keeps a lease alive, by the `clock` that counts suspended time.
+//!
+//! A `watch` goes on by itself wherever it breaks, over the streams of `watch_link`; `snapshot_watch` puts a list before
+//! it, and `cache` keeps what both give. A `lock` and an `election` are a place in a `lock_queue`: a key under a lease
+//! that a `keeper` renews, and a watch of whoever is before.
 //!
 //! The client never depends on the server, and a language binding adds nothing to its semantics.
 

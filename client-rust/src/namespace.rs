@@ -222,3 +222,112 @@ impl Leave for v1::LeaseTimeToLiveResponse {
         self.keys = self.keys.iter().filter_map(|key| namespace.inside(key)).collect();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn namespace(prefix: &[u8]) -> Namespace {
+        Namespace::default().nested(&Bytes::copy_from_slice(prefix))
+    }
+
+    fn contains(range: &v1::KeyRange, key: &[u8]) -> bool {
+        key >= &range.start[..] && (range.end.is_empty() || key < &range.end[..])
+    }
+
+    #[test]
+    fn an_interval_inside_holds_exactly_the_keys_that_are_inside_it() {
+        let seed = 5;
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let alphabet = [0u8, 1, b'a', 0xfe, 0xff];
+        let mut word = |longest| -> Bytes {
+            let length = rng.usize(0..=longest);
+            (0..length).map(|_| alphabet[rng.usize(0..alphabet.len())]).collect()
+        };
+        for _ in 0..50_000 {
+            let (prefix, start, end, key) = (word(2), word(2), word(2), word(5));
+            let namespace = namespace(&prefix);
+            let inside = v1::KeyRange { start, end };
+            let mut outside = inside.clone();
+            namespace.enter_range(&mut outside);
+            let expected = namespace.inside(&key).is_some_and(|key| contains(&inside, &key));
+            // The store has no key without a byte.
+            let found = !key.is_empty() && contains(&outside, &key);
+            assert_eq!(found, expected && !key.is_empty(), "seed {seed}: {prefix:?} {inside:?} {key:?}");
+        }
+    }
+
+    #[test]
+    fn namespaces_nest_and_the_whole_store_changes_nothing() {
+        let nested = namespace(b"a/").nested(&Bytes::from_static(b"b/"));
+        assert_eq!(nested, namespace(b"a/b/"));
+        let mut key = Bytes::from_static(b"k");
+        nested.enter_key(&mut key).unwrap();
+        assert_eq!(key, "a/b/k");
+        nested.leave_key(&mut key);
+        assert_eq!(key, "k");
+        assert_eq!(nested.inside(&Bytes::from_static(b"a/b/")), None, "the prefix is no key of the namespace");
+        assert_eq!(nested.enter_key(&mut Bytes::new()), Err(EmptyKey));
+        let mut whole = v1::KeyRange::default();
+        Namespace::default().enter_range(&mut whole);
+        assert_eq!(whole, v1::KeyRange::default());
+    }
+
+    #[test]
+    fn every_key_of_a_transaction_enters_and_every_key_of_its_answer_leaves() {
+        use txn_operation::Operation;
+        use txn_result::Result as Answer;
+        let key = || Bytes::from_static(b"k");
+        let kv = || v1::KeyValue { key: Bytes::from_static(b"ns/k"), ..Default::default() };
+        let range = || Some(v1::KeyRange { start: key(), end: Bytes::new() });
+        let operations = |nested: v1::TxnRequest| {
+            [
+                Operation::Put(v1::PutRequest { key: key(), ..Default::default() }),
+                Operation::Get(v1::GetRequest { key: key(), ..Default::default() }),
+                Operation::Range(v1::RangeRequest { range: range(), ..Default::default() }),
+                Operation::Delete(v1::DeleteRequest { key: key(), ..Default::default() }),
+                Operation::DeleteRange(v1::DeleteRangeRequest { range: range(), ..Default::default() }),
+                Operation::Txn(nested),
+            ]
+            .map(|operation| v1::TxnOperation { operation: Some(operation) })
+            .to_vec()
+        };
+        let compare = vec![v1::Compare { key: key(), ..Default::default() }];
+        let inner =
+            v1::TxnRequest { compare: compare.clone(), then: operations(Default::default()), ..Default::default() };
+        let otherwise = operations(Default::default());
+        let mut request = v1::TxnRequest { compare, then: operations(inner), otherwise, ..Default::default() };
+        request.enter(&namespace(b"ns/")).unwrap();
+        let text = format!("{request:?}");
+        assert_eq!(text.matches("b\"ns/k\"").count(), 2 + 3 * 5, "{text}");
+        assert_eq!(text.matches("end: b\"ns0\"").count(), 3 * 2, "{text}");
+        assert!(!text.contains("b\"k\""), "{text}");
+
+        let results = |nested: v1::TxnResponse| {
+            [
+                Answer::Put(v1::PutResponse { previous: Some(kv()), ..Default::default() }),
+                Answer::Get(v1::GetResponse { kv: Some(kv()), ..Default::default() }),
+                Answer::Range(v1::RangeResponse { kvs: vec![kv()], next: kv().key, ..Default::default() }),
+                Answer::Delete(v1::DeleteResponse { previous: Some(kv()), ..Default::default() }),
+                Answer::DeleteRange(v1::DeleteRangeResponse { previous: vec![kv()], ..Default::default() }),
+                Answer::Txn(nested),
+            ]
+            .map(|result| v1::TxnResult { result: Some(result) })
+            .to_vec()
+        };
+        let inner = v1::TxnResponse { results: results(Default::default()), ..Default::default() };
+        let mut answer = v1::TxnResponse { results: results(inner), ..Default::default() };
+        answer.leave(&namespace(b"ns/"));
+        let text = format!("{answer:?}");
+        assert!(!text.contains("ns/"), "{text}");
+        assert_eq!(text.matches("b\"k\"").count(), 2 * 6, "{text}");
+    }
+
+    #[test]
+    fn keys_of_a_lease_are_shown_if_they_are_inside() {
+        let keys = ["a", "ns/", "ns/1", "ns/2", "nt"].map(|key| Bytes::from_static(key.as_bytes())).to_vec();
+        let mut answer = v1::LeaseTimeToLiveResponse { keys, key_count: 5, ..Default::default() };
+        answer.leave(&namespace(b"ns/"));
+        assert_eq!(answer.keys, ["1", "2"]);
+    }
+}

@@ -265,34 +265,45 @@ mod tests {
         use v1::Outcome::{Applied, NotApplied, Unknown};
         let cause = || Cause::text("broken");
         let silent = |sent| Failure::Silent { sent, after: Duration::ZERO };
+        let stop = Decision::GiveUp;
         #[rustfmt::skip]
         let table = [
-            // failure                                                  write              read
-            (Failure::NotSent(cause()),                                 ELSEWHERE,         ELSEWHERE),
-            (Failure::Lost(cause()),                                    Decision::GiveUp,  ELSEWHERE),
-            (silent(true),                                              Decision::GiveUp,  ELSEWHERE),
-            (silent(false),                                             ELSEWHERE,         ELSEWHERE),
-            (Failure::Foreign(String::new()),                           Decision::GiveUp,  Decision::GiveUp),
-            (Failure::Closed { sent: false },                           Decision::GiveUp,  Decision::GiveUp),
-            (refused(Code::NotLeader, NotApplied, true, 0),             ELSEWHERE,         ELSEWHERE),
-            (refused(Code::NotLeader, NotApplied, false, 0),            ELSEWHERE,         ELSEWHERE),
-            (refused(Code::Unavailable, NotApplied, true, 0),           ELSEWHERE,         ELSEWHERE),
-            (refused(Code::Unavailable, Unknown, false, 0),             Decision::GiveUp,  ELSEWHERE),
-            (refused(Code::Unavailable, Unknown, true, 0),              ELSEWHERE,         ELSEWHERE),
-            (refused(Code::Unavailable, Applied, false, 0),             Decision::GiveUp,  ELSEWHERE),
-            (refused(Code::DeadlineExceeded, Unknown, false, 0),        Decision::GiveUp,  ELSEWHERE),
-            (refused(Code::DeadlineExceeded, NotApplied, true, 0),      Decision::GiveUp,  ELSEWHERE),
-            (refused(Code::ResourceExhausted, NotApplied, true, 50),    here(50, false),   here(50, true)),
-            (refused(Code::ResourceExhausted, NotApplied, true, 0),     Decision::GiveUp,  Decision::GiveUp),
-            (refused(Code::LeadershipLost, Unknown, false, 0),          Decision::GiveUp,  Decision::GiveUp),
-            (refused(Code::Behind, NotApplied, true, 0),                ELSEWHERE,         ELSEWHERE),
-            (refused(Code::InvalidArgument, NotApplied, true, 0),       Decision::GiveUp,  Decision::GiveUp),
-            (refused(Code::Compacted, NotApplied, true, 0),             Decision::GiveUp,  Decision::GiveUp),
-            (refused(Code::WrongCluster, NotApplied, true, 0),          Decision::GiveUp,  Decision::GiveUp),
-            (refused(Code::Internal, Unknown, false, 0),                Decision::GiveUp,  Decision::GiveUp),
+            // failure                                                  write              under a session    read
+            (Failure::NotSent(cause()),                                 ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (Failure::Lost(cause()),                                    stop,              ELSEWHERE,         ELSEWHERE),
+            (silent(true),                                              stop,              ELSEWHERE,         ELSEWHERE),
+            (silent(false),                                             ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (Failure::Foreign(String::new()),                           stop,              stop,              stop),
+            (Failure::Closed { sent: false },                           stop,              stop,              stop),
+            (Failure::Closed { sent: true },                            stop,              stop,              stop),
+            (refused(Code::NotLeader, NotApplied, true, 0),             ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (refused(Code::NotLeader, NotApplied, false, 0),            ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (refused(Code::Unavailable, NotApplied, true, 0),           ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (refused(Code::Unavailable, Unknown, false, 0),             stop,              ELSEWHERE,         ELSEWHERE),
+            (refused(Code::Unavailable, Unknown, true, 0),              ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (refused(Code::Unavailable, Applied, false, 0),             stop,              ELSEWHERE,         ELSEWHERE),
+            (refused(Code::DeadlineExceeded, Unknown, false, 0),        stop,              ELSEWHERE,         ELSEWHERE),
+            (refused(Code::DeadlineExceeded, NotApplied, true, 0),      stop,              ELSEWHERE,         ELSEWHERE),
+            (refused(Code::ResourceExhausted, NotApplied, true, 50),    here(50, false),  here(50, false),  here(50, true)),
+            (refused(Code::ResourceExhausted, NotApplied, true, 0),     stop,              stop,              stop),
+            (refused(Code::LeadershipLost, Unknown, false, 0),          stop,              ELSEWHERE,         stop),
+            (refused(Code::Behind, NotApplied, true, 0),                ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
+            (refused(Code::InvalidArgument, NotApplied, true, 0),       stop,              stop,              stop),
+            (refused(Code::Compacted, NotApplied, true, 0),             stop,              stop,              stop),
+            (refused(Code::WrongCluster, NotApplied, true, 0),          stop,              stop,              stop),
+            (refused(Code::WrongCluster, Unknown, false, 0),            stop,              stop,              stop),
+            (refused(Code::Internal, Unknown, false, 0),                stop,              ELSEWHERE,         stop),
+            (refused(Code::Internal, Applied, false, 0),                stop,              stop,              stop),
+            (refused(Code::LeaseNotFound, NotApplied, false, 0),        stop,              stop,              stop),
+            (refused(Code::LeaseExists, NotApplied, false, 0),          stop,              stop,              stop),
+            (refused(Code::SessionExpired, NotApplied, false, 0),       stop,              stop,              stop),
+            (refused(Code::SessionExpired, Unknown, false, 0),          stop,              stop,              stop),
+            (refused(Code::AlreadyAcknowledged, Unknown, false, 0),     stop,              stop,              stop),
+            (refused(Code::AlreadyAcknowledged, Applied, false, 0),     stop,              stop,              stop),
         ];
-        for (failure, write, read) in table {
+        for (failure, write, under_session, read) in table {
             assert_eq!(decide(&failure, Resend::IfNotApplied), write, "write after {failure:?}");
+            assert_eq!(decide(&failure, Resend::Repeatable), under_session, "under a session after {failure:?}");
             assert_eq!(decide(&failure, Resend::Idempotent), read, "read after {failure:?}");
         }
     }
@@ -326,6 +337,7 @@ mod tests {
     fn outcomes_are_told_truthfully() {
         let lost = Failure::Lost(Cause::text("reset"));
         assert_eq!(lost.outcome(Resend::IfNotApplied), Outcome::Unknown);
+        assert_eq!(lost.outcome(Resend::Repeatable), Outcome::Unknown);
         assert_eq!(lost.outcome(Resend::Idempotent), Outcome::NotApplied);
         assert_eq!(Failure::NotSent(Cause::text("refused")).outcome(Resend::IfNotApplied), Outcome::NotApplied);
         let unspecified = refused(ErrorCode::Internal, v1::Outcome::Unspecified, false, 0);

@@ -117,6 +117,7 @@ pub struct WatchUpdate {
 #[must_use = "a watch is opened when awaited"]
 pub struct Watch {
     client: Client,
+    /// Without a range if the key to watch was empty: refused when awaited.
     create: v1::WatchCreate,
     timeout: Duration,
 }
@@ -168,6 +169,9 @@ impl IntoFuture for Watch {
         async move {
             let timeout = bounded(self.timeout);
             let mut create = self.create;
+            if create.range.is_none() {
+                return Err(Error::invalid(OPERATION, "a key has at least one byte"));
+            }
             create.enter(self.client.space()).map_err(|error| Error::invalid(OPERATION, error.to_string()))?;
             let mut resumable = Resumable::new(self.client, create);
             resumable.creation = CREATION.min(timeout / OPENING_ATTEMPTS);
@@ -368,7 +372,7 @@ impl Resumable {
                 }
             },
         };
-        self.create.from_revision = self.cursor.map_or(0, |cursor| cursor.next().get());
+        self.create.from_revision = self.cursor.map_or(0, |cursor| cursor.get().saturating_add(1));
         let subscription = shared.links.subscribe(shared, &address, self.create.clone(), self.client.space());
         self.active = Some(Active { address, subscription, begun: Instant::now(), created: false });
         Ok(())
@@ -487,7 +491,7 @@ impl Client {
         let mut end = Vec::with_capacity(start.len() + 1);
         end.extend_from_slice(&start);
         end.push(0);
-        self.watch_range(KeyRange::between(start, end))
+        self.watching((!start.is_empty()).then(|| KeyRange::between(start, end)))
     }
 
     /// Watches all keys that begin with `prefix`.
@@ -503,7 +507,11 @@ impl Client {
     /// # Errors
     /// As [`watch`](Self::watch).
     pub fn watch_range(&self, range: KeyRange) -> Watch {
-        let create = v1::WatchCreate { range: Some(range.into()), ..v1::WatchCreate::default() };
+        self.watching(Some(range))
+    }
+
+    fn watching(&self, range: Option<KeyRange>) -> Watch {
+        let create = v1::WatchCreate { range: range.map(v1::KeyRange::from), ..v1::WatchCreate::default() };
         Watch { client: self.clone(), create, timeout: self.options().call_timeout }
     }
 }

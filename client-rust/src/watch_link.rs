@@ -118,6 +118,7 @@ impl LinkState {
         let mailbox = self.watches.remove(&id);
         if self.watches.is_empty() {
             self.phase = Phase::Ended;
+            link.requests.notify_one();
             link.idle.notify_one();
         }
         mailbox
@@ -160,7 +161,7 @@ impl Link {
     async fn converse(self: &Arc<Self>, channel: tonic::transport::Channel) -> Result<(), tonic::Status> {
         let mut grpc = Grpc::new(channel).max_decoding_message_size(REPLY_BYTES_MAX);
         grpc.ready().await.map_err(|error| tonic::Status::unavailable(Cause::of(error).message))?;
-        let requests = stream::unfold(Arc::clone(self), |link| async move { Some((link.next_request().await, link)) });
+        let requests = stream::unfold(Arc::clone(self), |link| async move { Some((link.next_request().await?, link)) });
         let codec = ProstCodec::<v1::WatchRequest, v1::WatchResponse>::default();
         let path = PathAndQuery::from_static(METHOD);
         let mut responses = grpc.streaming(tonic::Request::new(requests), path, codec).await?.into_inner();
@@ -176,13 +177,19 @@ impl Link {
         Ok(())
     }
 
-    async fn next_request(&self) -> v1::WatchRequest {
+    /// `None` once the link has ended: an HTTP/2 stream is over only when its sender is, too.
+    async fn next_request(&self) -> Option<v1::WatchRequest> {
         loop {
-            let request = self.state.lock().requests.pop_front();
-            match request {
-                Some(request) => return request,
-                None => self.requests.notified().await,
+            {
+                let mut state = self.state.lock();
+                if state.phase == Phase::Ended {
+                    return None;
+                }
+                if let Some(request) = state.requests.pop_front() {
+                    return Some(request);
+                }
             }
+            self.requests.notified().await;
         }
     }
 
@@ -206,6 +213,7 @@ impl Link {
         let mut state = self.state.lock();
         state.phase = Phase::Ended;
         state.requests.clear();
+        self.requests.notify_one();
         for (_, mailbox) in state.watches.drain() {
             mailbox.end(Ending::Failed(failure.clone()));
         }

@@ -141,17 +141,18 @@ async fn what_was_not_sent_yet_is_taken_back_and_what_was_is_cancelled() {
     let link = Arc::new(Link::default());
     let add = || link.state.lock().add(&link, v1::WatchCreate::default(), &Namespace::default());
     let (first, second, _third) = (add(), add(), add());
-    assert_eq!(link.next_request().await.watch_id, 1);
+    assert_eq!(link.next_request().await.map(|request| request.watch_id), Some(1));
     drop(first);
     drop(second);
     assert_eq!(requests(&link), [(3, true), (1, false)]);
     assert_eq!(link.state.lock().phase, Phase::Opening);
 }
 
-#[test]
-fn a_link_ends_with_its_last_watch() {
+#[tokio::test]
+async fn a_link_ends_with_its_last_watch_and_its_requests_with_it() {
     let link = Arc::new(Link::default());
     let only = link.state.lock().add(&link, v1::WatchCreate::default(), &Namespace::default());
     drop(only);
     assert_eq!(link.state.lock().phase, Phase::Ended);
+    assert_eq!(link.next_request().await, None);
 }

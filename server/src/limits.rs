@@ -42,6 +42,49 @@ pub const APPENDS_IN_FLIGHT_MAX: usize = 64;
 /// Linearizable reads that wait for the confirmation of leadership they share.
 pub const READS_WAITING_MAX: usize = 65_536;
 
+/// Store time that a leader change may lose at most while something is to expire: an idle leader writes its own into the
+/// log before. What is lost, leases last longer.
+pub const STORE_TIME_LOST_MAX: Duration = Duration::from_secs(10);
+
+/// Pause after a tick that was not applied; it doubles up to [`TICK_PAUSE_MAX`].
+pub const TICK_PAUSE_MIN: Duration = Duration::from_millis(10);
+
+/// Longest pause after a tick that was not applied.
+pub const TICK_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Renewals of leases that share a command.
+pub const RENEWALS_PER_COMMAND_MAX: usize = 1024;
+
+/// Commands with renewals that wait for their answer.
+pub const RENEWALS_IN_FLIGHT_MAX: usize = 4;
+
+/// Renewals that wait for a command; what more there are wait in their streams.
+pub const RENEWALS_WAITING_MAX: usize = 16_384;
+
+/// Keep-alives of one stream under way; the others wait to be read.
+pub const KEEP_ALIVES_PER_STREAM_MAX: usize = 1024;
+
+/// Default of `raft.state_machine.history.retention_ms`: ten minutes.
+pub const HISTORY_RETENTION_MS_DEFAULT: u64 = 600_000;
+
+/// Shortest `raft.state_machine.history.retention_ms` but 0: shorter ones would compact without end.
+pub const HISTORY_RETENTION_MS_MIN: u64 = 1000;
+
+/// Longest `raft.state_machine.history.retention_ms`: a year.
+pub const HISTORY_RETENTION_MS_MAX: u64 = 31_536_000_000;
+
+/// Compactions by age within one retention: history is kept for that much longer at most.
+pub const COMPACTIONS_PER_RETENTION: u32 = 10;
+
+/// Shortest pause between two compactions by age.
+pub const COMPACTION_PAUSE_MIN: Duration = Duration::from_secs(1);
+
+/// Shortest pause between two samples of the age of revisions.
+pub const HISTORY_SAMPLE_PAUSE: Duration = Duration::from_millis(200);
+
+/// Samples of the age of revisions that are kept, of 16 bytes and some; beyond, every second one goes.
+pub const HISTORY_SAMPLES_MAX: usize = 4096;
+
 /// Default of `raft.backpressure.max_pending_bytes`: bytes of proposals that wait for their answer.
 pub const PENDING_BYTES_DEFAULT: usize = 64 << 20;
 
@@ -185,6 +228,11 @@ const _: () = {
     assert!(WATCH_FRAME_BYTES_MAX + 1024 < 4 << 20);
     assert!(WATCHES_PER_STREAM_MAX <= WATCHES_MAX);
     assert!(CALL_TIMEOUT_DEFAULT.as_millis() <= CALL_TIMEOUT_MAX.as_millis());
+    // A stream cannot fill the queue of renewals by itself, and a full command is far below a request.
+    assert!(KEEP_ALIVES_PER_STREAM_MAX < RENEWALS_WAITING_MAX);
+    assert!(RENEWALS_PER_COMMAND_MAX * 11 < REQUEST_BYTES_MAX);
+    assert!(HISTORY_RETENTION_MS_MIN <= HISTORY_RETENTION_MS_DEFAULT);
+    assert!(HISTORY_RETENTION_MS_DEFAULT <= HISTORY_RETENTION_MS_MAX);
     // Storage and peers have files left when the monitoring port is full.
     assert!(2 * MONITORING_CONNECTIONS_MAX < FILES_RESERVED);
     assert!(KEEPALIVE_TIMEOUT.as_millis() < KEEPALIVE_INTERVAL.as_millis());

@@ -4,6 +4,7 @@
 //! What happens is recorded as it happens; what *is*, such as an index, is asked for once per scrape ([`Figures`]),
 //! so that the hot paths carry no gauge.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use d_engine_proto::{LogIndex, Revision};
@@ -31,6 +32,7 @@ pub struct Metrics {
     leader_changes: Counter,
     batch_commands: Histogram,
     log_write_duration: Histogram,
+    lease_renewals: Counter,
     committed_index: Gauge,
     applied_index: Gauge,
     pending_bytes: Gauge,
@@ -40,7 +42,11 @@ pub struct Metrics {
     watch_overruns: Counter,
     watch_history_reads: Counter,
     revision: Gauge,
+    compacted_revision: Gauge,
     keys: Gauge,
+    leases: Gauge,
+    sessions: Gauge,
+    expiries: Counter,
     resident_memory: Gauge,
     open_files: Gauge,
     uptime: Gauge,
@@ -57,8 +63,16 @@ pub struct Figures {
     pub pending_bytes: usize,
     /// Revision of the store.
     pub revision: Revision,
+    /// Oldest revision that can be read.
+    pub compacted: Revision,
     /// Keys in the store.
     pub keys: u64,
+    /// Leases in the store.
+    pub leases: u64,
+    /// Sessions in the store.
+    pub sessions: u64,
+    /// Leases and sessions that came to their deadline.
+    pub expired: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -95,6 +109,7 @@ impl Metrics {
             // 1 to 8192 commands.
             batch_commands: Histogram::new(exponential_buckets(1.0, 2.0, 14)),
             log_write_duration: latencies(),
+            lease_renewals: Counter::default(),
             committed_index: Gauge::default(),
             applied_index: Gauge::default(),
             pending_bytes: Gauge::default(),
@@ -104,7 +119,11 @@ impl Metrics {
             watch_overruns: Counter::default(),
             watch_history_reads: Counter::default(),
             revision: Gauge::default(),
+            compacted_revision: Gauge::default(),
             keys: Gauge::default(),
+            leases: Gauge::default(),
+            sessions: Gauge::default(),
+            expiries: Counter::default(),
             resident_memory: Gauge::default(),
             open_files: Gauge::default(),
             uptime: Gauge::default(),
@@ -146,7 +165,13 @@ impl Metrics {
         let reads = self.watch_history_reads.clone();
         registry.register("watch_history_reads", "Reads of the history by watches that are behind", reads);
         registry.register("store_revision", "Revision of the store", self.revision.clone());
+        let compacted = self.compacted_revision.clone();
+        registry.register("store_compacted_revision", "Oldest revision that can be read", compacted);
         registry.register("store_keys", "Keys in the store", self.keys.clone());
+        registry.register("leases", "Leases, those of keys with a time to live included", self.leases.clone());
+        registry.register("lease_renewals", "Renewals of leases proposed", self.lease_renewals.clone());
+        registry.register("sessions", "Client sessions", self.sessions.clone());
+        registry.register("expiries", "Leases and sessions that came to their deadline", self.expiries.clone());
         registry.register("process_resident_memory_bytes", "Resident memory", self.resident_memory.clone());
         registry.register("process_open_fds", "Open file descriptors", self.open_files.clone());
         registry.register("process_uptime_seconds", "Time since the node started", self.uptime.clone());
@@ -225,6 +250,11 @@ impl Metrics {
         self.watch_history_reads.inc();
     }
 
+    /// So many renewals of leases were proposed.
+    pub fn leases_renewed(&self, renewals: usize) {
+        self.lease_renewals.inc_by(renewals as u64);
+    }
+
     /// Everything, in the text format of OpenMetrics.
     ///
     /// # Errors
@@ -234,7 +264,12 @@ impl Metrics {
         self.applied_index.set(saturating(figures.applied.get()));
         self.pending_bytes.set(saturating(figures.pending_bytes as u64));
         self.revision.set(saturating(figures.revision.get()));
+        self.compacted_revision.set(saturating(figures.compacted.get()));
         self.keys.set(saturating(figures.keys));
+        self.leases.set(saturating(figures.leases));
+        self.sessions.set(saturating(figures.sessions));
+        // Counted where it happens, in the state machine, which knows no metrics.
+        self.expiries.inner().store(figures.expired, Ordering::Relaxed);
         self.resident_memory.set(saturating(resident_memory_bytes().unwrap_or(0)));
         self.open_files.set(saturating(open_files().unwrap_or(0)));
         self.uptime.set(saturating(Moment::now().since(self.started).as_secs()));

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
-use crate::engine::{Engine, ReadPolicy};
+use crate::engine::{Engine, EngineConfig, ReadPolicy};
 use crate::metrics::Metrics;
 use crate::monitoring;
 use crate::services::{self, ServeError};
@@ -77,9 +77,14 @@ impl Node {
             default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
         };
-        let watches =
-            config.raft.watch.enabled.then(|| Hub::start(kv.clone(), HubSettings::default(), metrics.clone()));
-        let engine = Engine::new(consensus, kv, watches, read_policy, vec![config.cluster.db_root_dir.clone()]);
+        let engine_config = EngineConfig {
+            read_policy,
+            watches_enabled: config.raft.watch.enabled,
+            leases_enabled: config.raft.state_machine.lease_enabled,
+            history_retention: Some(config.raft.state_machine.history_retention).filter(|time| !time.is_zero()),
+            data_directories: vec![config.cluster.db_root_dir.clone()],
+        };
+        let engine = Engine::new(consensus, kv, engine_config, metrics.clone());
 
         let (stop, stopped) = watch::channel(false);
         let serving =

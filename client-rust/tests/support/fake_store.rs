@@ -270,7 +270,7 @@ impl StoreNode {
     }
 
     pub(crate) fn start_at(id: u32, store: &FakeStore, address: &str) -> Self {
-        let listener = std::net::TcpListener::bind(address).unwrap();
+        let listener = bind(address);
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let script = Arc::new(Mutex::new(Script {
@@ -313,6 +313,18 @@ impl StoreNode {
 
     pub(crate) fn seen<T>(&self, look: impl FnOnce(&Script) -> T) -> T {
         look(&self.script.lock())
+    }
+}
+
+/// Of a node that was just dropped, the address is free a moment later.
+fn bind(address: &str) -> std::net::TcpListener {
+    let begun = std::time::Instant::now();
+    loop {
+        match std::net::TcpListener::bind(address) {
+            Ok(listener) => return listener,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{address}: {error}"),
+        }
+        std::thread::yield_now();
     }
 }
 
@@ -473,6 +485,10 @@ impl WatchesOfStream<'_> {
                 let from = if create.from_revision == 0 { self.service.applied() + 1 } else { create.from_revision };
                 let header = self.service.header(self.service.applied());
                 let repeats = self.service.script.lock().repeats;
+                let compacted = self.service.store.history.lock().compacted;
+                if from < compacted {
+                    return self.send(id, ended(&refusal(ErrorCode::Compacted, compacted))).await;
+                }
                 self.watches.insert(id, (create, from.saturating_sub(repeats).max(1)));
                 self.send(id, Kind::Created(v1::WatchCreated { header, from_revision: from })).await
             }
@@ -650,10 +666,7 @@ impl Kv for Service {
 
 #[tonic::async_trait]
 impl Lease for Service {
-    async fn grant(
-        &self,
-        request: Request<v1::LeaseGrantRequest>,
-    ) -> Result<Response<v1::LeaseGrantResponse>, Status> {
+    async fn grant(&self, request: Request<v1::LeaseGrantRequest>) -> Result<Response<v1::LeaseGrantResponse>, Status> {
         let ttl_ms = request.into_inner().ttl_ms;
         let lease = self.store.grant(ttl_ms);
         Ok(Response::new(v1::LeaseGrantResponse { header: self.header(self.store.revision()), lease, ttl_ms }))

@@ -2,22 +2,26 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
-use std::collections::BTreeMap;
+pub(crate) mod leases;
+pub(crate) mod store;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use d_engine_client::Client;
+use d_engine_client::{Client, ClientBuilder};
 use d_engine_proto::v1::cluster_server::{Cluster, ClusterServer};
 use d_engine_proto::v1::kv_server::{Kv, KvServer};
+use d_engine_proto::v1::lease_server::LeaseServer;
+use d_engine_proto::v1::session_server::SessionServer;
 use d_engine_proto::{DetailedStatus, ErrorCode, v1};
 use parking_lot::Mutex;
+use store::Store;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-/// How a node answers puts and gets.
+/// How a node answers calls for keys, and renewals of leases.
 #[derive(Clone, Debug)]
 pub(crate) enum Behaviour {
     /// Serves them.
@@ -28,6 +32,10 @@ pub(crate) enum Behaviour {
     Silent,
     /// Applies them, then breaks the answer with a status that no d-engine server writes.
     Garble,
+    /// Applies them, then answers with this error.
+    ApplyAndRefuse(DetailedStatus),
+    /// Applies them, then never answers.
+    ApplyAndHang,
 }
 
 /// The state of a fake node; a test changes it while it runs.
@@ -37,10 +45,15 @@ pub(crate) struct Script {
     pub(crate) header: v1::ResponseHeader,
     pub(crate) members: Vec<v1::Member>,
     pub(crate) leader: Option<v1::LeaderHint>,
-    pub(crate) store: BTreeMap<Bytes, Bytes>,
+    /// The state it shares with the nodes of its cluster.
+    pub(crate) store: Arc<Mutex<Store>>,
+    /// Refuses to register sessions with this error. Otherwise it registers them whatever its behaviour, except that a
+    /// node that does not lead refuses.
+    pub(crate) no_sessions: Option<DetailedStatus>,
     /// Requests received, by method.
     pub(crate) puts: u32,
     pub(crate) gets: u32,
+    pub(crate) renewals: u32,
     /// The `grpc-timeout` of the last request.
     pub(crate) timeout: Option<String>,
 }
@@ -73,14 +86,18 @@ impl FakeNode {
             header,
             members: Vec::new(),
             leader: None,
-            store: BTreeMap::new(),
+            store: Arc::new(Mutex::new(Store { revision: 1, session_ttl_ms: 60_000, ..Store::default() })),
+            no_sessions: None,
             puts: 0,
             gets: 0,
+            renewals: 0,
             timeout: None,
         }));
         let service = Service(Arc::clone(&script));
         let server = tonic::transport::Server::builder()
             .add_service(KvServer::new(service.clone()))
+            .add_service(LeaseServer::new(service.clone()))
+            .add_service(SessionServer::new(service.clone()))
             .add_service(ClusterServer::new(service));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         runtime.spawn(async move {
@@ -114,6 +131,15 @@ impl FakeNode {
     pub(crate) fn gets(&self) -> u32 {
         self.script.lock().gets
     }
+
+    pub(crate) fn renewals(&self) -> u32 {
+        self.script.lock().renewals
+    }
+
+    /// The state it shares with the nodes of its cluster.
+    pub(crate) fn store(&self) -> Arc<Mutex<Store>> {
+        Arc::clone(&self.script.lock().store)
+    }
 }
 
 impl Drop for FakeNode {
@@ -127,6 +153,10 @@ impl Drop for FakeNode {
 /// Starts `count` nodes that know each other, and the first as leader of term 1.
 pub(crate) fn cluster(count: u32) -> Vec<FakeNode> {
     let nodes: Vec<_> = (1..=count).map(FakeNode::start).collect();
+    let store = nodes[0].store();
+    for node in &nodes[1..] {
+        node.script.lock().store = Arc::clone(&store);
+    }
     introduce(&nodes);
     elect(&nodes, 0, 1);
     nodes
@@ -174,8 +204,12 @@ pub(crate) fn not_leader(leader: Option<v1::LeaderHint>) -> DetailedStatus {
 
 /// A client that starts from these nodes.
 pub(crate) fn client(seeds: &[&FakeNode], timeout: Duration) -> Client {
+    builder(seeds, timeout).build().unwrap()
+}
+
+pub(crate) fn builder(seeds: &[&FakeNode], timeout: Duration) -> ClientBuilder {
     let endpoints = seeds.iter().map(|node| node.address.clone());
-    Client::builder().endpoints(endpoints).call_timeout(timeout).build().unwrap()
+    Client::builder().endpoints(endpoints).call_timeout(timeout)
 }
 
 /// A generous bound on everything a test waits for.
@@ -192,15 +226,52 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
 }
 
 impl Service {
-    async fn behave<T>(&self, answer: impl FnOnce(&mut Script) -> T) -> Result<Response<T>, Status> {
+    /// Answers as the behaviour says; `answer` serves the call.
+    async fn behave<T>(
+        &self,
+        answer: impl FnOnce(&mut Store, v1::ResponseHeader) -> Result<T, DetailedStatus>,
+    ) -> Result<Response<T>, Status> {
         let behaviour = self.0.lock().behaviour.clone();
+        let answer = || {
+            let (store, mut header) = {
+                let script = self.0.lock();
+                (Arc::clone(&script.store), script.header)
+            };
+            let mut store = store.lock();
+            header.revision = store.revision;
+            answer(&mut store, header)
+        };
         match behaviour {
-            Behaviour::Serve => Ok(Response::new(answer(&mut self.0.lock()))),
+            Behaviour::Serve => answer().map(Response::new).map_err(Status::from),
             Behaviour::Refuse(status) => Err(status.into()),
             Behaviour::Silent => std::future::pending().await,
             Behaviour::Garble => {
-                answer(&mut self.0.lock());
+                let _ = answer();
                 Err(Status::unavailable("the proxy lost its upstream"))
+            }
+            Behaviour::ApplyAndRefuse(status) => {
+                let _ = answer();
+                Err(status.into())
+            }
+            Behaviour::ApplyAndHang => {
+                let _ = answer();
+                std::future::pending().await
+            }
+        }
+    }
+
+    /// Answers what every leader serves, whatever its behaviour.
+    fn lead<T>(
+        &self,
+        answer: impl FnOnce(&mut Store, v1::ResponseHeader) -> Result<T, DetailedStatus>,
+    ) -> Result<Response<T>, Status> {
+        let script = self.0.lock();
+        match &script.behaviour {
+            Behaviour::Refuse(status) if status.code() == Some(ErrorCode::NotLeader) => Err(status.clone().into()),
+            _ => {
+                let mut store = script.store.lock();
+                let header = v1::ResponseHeader { revision: store.revision, ..script.header };
+                answer(&mut store, header).map(Response::new).map_err(Status::from)
             }
         }
     }
@@ -218,11 +289,10 @@ impl Kv for Service {
             script.puts += 1;
             script.timeout = timeout_of(&request);
         }
-        self.behave(|script| {
-            script.header.revision += 1;
-            let put = request.into_inner();
-            script.store.insert(put.key, put.value);
-            v1::PutResponse { header: Some(script.header), ..Default::default() }
+        self.behave(|store, header| {
+            let mut response = store.mutate(request.into_inner(), |put| &mut put.session, Store::put)?;
+            response.header = Some(v1::ResponseHeader { revision: store.revision, ..header });
+            Ok(response)
         })
         .await
     }
@@ -233,53 +303,40 @@ impl Kv for Service {
             script.gets += 1;
             script.timeout = timeout_of(&request);
         }
-        self.behave(|script| {
-            let key = request.into_inner().key;
-            let kv = script.store.get(&key).map(|value| v1::KeyValue {
-                key: key.clone(),
-                value: value.clone(),
-                create_revision: 1,
-                mod_revision: 1,
-                version: 1,
-                lease: 0,
-            });
-            v1::GetResponse { header: Some(script.header), kv }
+        self.behave(|store, header| {
+            let kv = store.keys.get(&request.into_inner().key).cloned();
+            Ok(v1::GetResponse { header: Some(header), kv })
         })
         .await
     }
 
     async fn range(&self, request: Request<v1::RangeRequest>) -> Result<Response<v1::RangeResponse>, Status> {
         // Pages of two keys at most.
-        self.behave(|script| {
+        self.behave(|store, mut header| {
             let request = request.into_inner();
-            let range = request.range.unwrap();
-            let inside = |key: &Bytes| *key >= range.start && (range.end.is_empty() || *key < range.end);
-            let kv = |(key, value): (&Bytes, &Bytes)| v1::KeyValue {
-                key: key.clone(),
-                value: value.clone(),
-                ..v1::KeyValue::default()
-            };
-            let kvs: Vec<_> = script.store.iter().filter(|(key, _)| inside(key)).map(kv).collect();
-            let count = kvs.len() as u64;
-            let page: Vec<_> = kvs.iter().take(2).cloned().collect();
+            let kvs = store.inside(&request.range.unwrap());
             let next = kvs.get(2).map(|kv| kv.key.clone());
-            let mut header = script.header;
             if let Some(read) = request.read.filter(|read| read.revision != 0) {
                 header.revision = read.revision;
             }
-            v1::RangeResponse {
+            Ok(v1::RangeResponse {
                 header: Some(header),
-                kvs: page,
-                count: next.is_none().then_some(count),
+                kvs: kvs.iter().take(2).cloned().collect(),
+                count: next.is_none().then_some(kvs.len() as u64),
                 more: next.is_some(),
                 next: next.unwrap_or_default(),
-            }
+            })
         })
         .await
     }
 
-    async fn get_many(&self, _: Request<v1::GetManyRequest>) -> Result<Response<v1::GetManyResponse>, Status> {
-        Err(Status::unimplemented(""))
+    async fn get_many(&self, request: Request<v1::GetManyRequest>) -> Result<Response<v1::GetManyResponse>, Status> {
+        self.behave(|store, header| {
+            let keys = request.into_inner().keys;
+            let kvs = keys.iter().filter_map(|key| store.keys.get(key)).cloned().collect();
+            Ok(v1::GetManyResponse { header: Some(header), kvs })
+        })
+        .await
     }
 
     async fn delete(&self, _: Request<v1::DeleteRequest>) -> Result<Response<v1::DeleteResponse>, Status> {
@@ -288,9 +345,21 @@ impl Kv for Service {
 
     async fn delete_range(
         &self,
-        _: Request<v1::DeleteRangeRequest>,
+        request: Request<v1::DeleteRangeRequest>,
     ) -> Result<Response<v1::DeleteRangeResponse>, Status> {
-        Err(Status::unimplemented(""))
+        self.behave(|store, header| {
+            let delete = |store: &mut Store, request: v1::DeleteRangeRequest| {
+                let previous = store.inside(&request.range.unwrap());
+                for kv in &previous {
+                    store.keys.remove(&kv.key);
+                }
+                Ok(v1::DeleteRangeResponse { header: None, deleted: previous.len() as u64, previous })
+            };
+            let mut response = store.mutate(request.into_inner(), |request| &mut request.session, delete)?;
+            response.header = Some(header);
+            Ok(response)
+        })
+        .await
     }
 
     async fn compare_and_swap(

@@ -97,6 +97,13 @@ struct Switch {
 #[serde(deny_unknown_fields, default)]
 struct StateMachine {
     lease: Switch,
+    history: History,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct History {
+    retention_ms: Option<u64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -152,7 +159,9 @@ impl FileConfig {
         set_optional(&mut target.election.heartbeat_interval, heartbeat_interval.map(Duration::from_millis));
         set(&mut target.snapshot_enabled, raft.snapshot.enable);
         set(&mut target.watch.enabled, raft.watch.enabled);
-        set(&mut target.lease_enabled, raft.state_machine.lease.enabled);
+        set(&mut target.state_machine.lease_enabled, raft.state_machine.lease.enabled);
+        let retention = raft.state_machine.history.retention_ms.map(Duration::from_millis);
+        set(&mut target.state_machine.history_retention, retention);
         set(&mut target.backpressure.max_pending_bytes, raft.backpressure.max_pending_bytes);
 
         let target = &mut config.network;

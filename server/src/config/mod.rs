@@ -133,8 +133,18 @@ pub struct RaftConfig {
     pub snapshot_enabled: bool,
     /// `[raft.watch]`
     pub watch: WatchConfig,
-    /// `[raft.state_machine.lease] enabled`; not supported yet.
+    /// `[raft.state_machine]`
+    pub state_machine: StateMachineConfig,
+}
+
+/// What the store does beyond keys and values.
+#[derive(Clone, Debug)]
+pub struct StateMachineConfig {
+    /// `[raft.state_machine.lease] enabled`: whether leases, and keys with a time to live, may be made through this node.
     pub lease_enabled: bool,
+    /// `[raft.state_machine.history] retention_ms`: for how long past revisions are kept, in store time. Zero: until they
+    /// are compacted by a request.
+    pub history_retention: Duration,
 }
 
 /// Watches.
@@ -285,6 +295,13 @@ impl Default for ReadConsistencyConfig {
 impl Default for WatchConfig {
     fn default() -> Self {
         Self { enabled: true }
+    }
+}
+
+impl Default for StateMachineConfig {
+    fn default() -> Self {
+        let history_retention = Duration::from_millis(limits::HISTORY_RETENTION_MS_DEFAULT);
+        Self { lease_enabled: true, history_retention }
     }
 }
 

@@ -142,6 +142,8 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
         enabled = false
         [raft.state_machine.lease]
         enabled = false
+        [raft.state_machine.history]
+        retention_ms = 5000
         [raft.backpressure]
         max_pending_bytes = 8_388_608
         [network]
@@ -157,6 +159,8 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
     .unwrap();
     assert_eq!(config.raft.read_consistency.default_policy, ReadPolicy::LeaseRead);
     assert!(!config.raft.read_consistency.allow_client_override);
+    let StateMachineConfig { lease_enabled, history_retention } = config.raft.state_machine;
+    assert_eq!((lease_enabled, history_retention), (false, Duration::from_secs(5)));
     let batch = FlushBatch { threshold: 100, interval_ms: 20 };
     assert_eq!(config.raft.persistence.flush_policy, FlushPolicy::Batch(batch));
     assert!(config.warnings[0].contains("DiskFirst"));
@@ -361,6 +365,10 @@ fn bounds_that_would_let_nothing_through_are_refused() {
         &["n1.toml:2: raft.backpressure.max_pending_bytes", "or more"],
     );
     assert_refused("[network]\ncall_timeout_ms = 0", &["n1.toml:2: network.call_timeout_ms", "choose 1 to 60000"]);
+    let retention = |value: &str| format!("[raft.state_machine.history]\nretention_ms = {value}");
+    assert_refused(&retention("999"), &["n1.toml:2: raft.state_machine.history.retention_ms", "1000 to", "or 0"]);
+    assert_refused(&retention("31536000001"), &["raft.state_machine.history.retention_ms", "31536000000"]);
+    assert!(load(&retention("0")).unwrap().raft.state_machine.history_retention.is_zero());
     assert_refused("[network]\nconnections_max = 0", &["n1.toml:2: network.connections_max", "1 or more"]);
     assert_refused("[network]\nstreams_per_connection_max = 0", &["network.streams_per_connection_max", "1 or more"]);
     assert_refused(
@@ -376,7 +384,6 @@ fn what_would_silently_not_be_honoured_is_refused_as_not_supported_yet() {
     for (text, key) in [
         ("[raft.persistence]\nstrategy = \"MemFirst\"", "raft.persistence.strategy"),
         ("[raft.snapshot]\nenable = true", "raft.snapshot.enable"),
-        ("[raft.state_machine.lease]\nenabled = true", "raft.state_machine.lease.enabled"),
         ("[tls]\nenabled = true", "tls.enabled"),
         ("[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\", status = 1 }]", "cluster.initial_cluster"),
     ] {

@@ -30,10 +30,9 @@ fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: 
 fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     let joining = config.cluster.initial_cluster.iter().any(|member| member.status == MemberStatus::Joining);
     let mem_first = config.raft.persistence.strategy == PersistenceStrategy::MemFirst;
-    let features: [(bool, &'static str, &'static str, &'static str); 5] = [
+    let features: [(bool, &'static str, &'static str, &'static str); 4] = [
         (mem_first, "raft.persistence.strategy", "\"MemFirst\"", "use \"DiskFirst\""),
         (config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out"),
-        (config.raft.lease_enabled, "raft.state_machine.lease.enabled", "true", "set it to false or leave it out"),
         (config.tls.enabled, "tls.enabled", "true", "set it to false or leave it out"),
         (joining, "cluster.initial_cluster", "status \"joining\"", "list the founding members only, as \"active\""),
     ];
@@ -215,6 +214,14 @@ fn bounds(config: &RaftNodeConfig) -> Result<(), ConfigError> {
         let remedy = format!("choose {} or more", limits::PENDING_BYTES_MIN);
         let problem = format!("{pending} bytes leave no room for a few large requests");
         return Err(invalid(config, "raft.backpressure.max_pending_bytes", problem, remedy));
+    }
+    let retention = milliseconds(config.raft.state_machine.history_retention);
+    let bounds = limits::HISTORY_RETENTION_MS_MIN..=limits::HISTORY_RETENTION_MS_MAX;
+    if retention != 0 && !bounds.contains(&retention) {
+        let remedy =
+            format!("choose {} to {}, or 0 to keep history until it is compacted", bounds.start(), bounds.end());
+        let problem = format!("{retention} ms is out of bounds");
+        return Err(invalid(config, "raft.state_machine.history.retention_ms", problem, remedy));
     }
     let timeout = milliseconds(config.network.call_timeout);
     let timeout_max = milliseconds(limits::CALL_TIMEOUT_MAX);

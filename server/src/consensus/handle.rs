@@ -22,7 +22,7 @@ use super::read_index::{ReadIndex, ReadIndexError};
 use crate::clock::Moment;
 use crate::limits::APPEND_ENTRIES_MAX;
 use crate::metrics::Metrics;
-use crate::state_machine::StateMachine;
+use crate::state_machine::{StateMachine, StoreTime};
 use crate::storage::{Durability, Identity, LogPosition, StorageEngine, StorageError, StorageOperation, StorageState};
 
 /// The times Raft runs by. The configuration has checked how they relate.
@@ -160,7 +160,8 @@ impl Consensus {
             metrics: metrics.clone(),
         };
         let monitoring = tokio::spawn(monitor.run());
-        let read_index = Arc::new(ReadIndex::start(raft.clone(), peers.clone()));
+        let read_index = ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max);
+        let read_index = Arc::new(read_index);
         let mut initial_cluster = config.initial_cluster;
         initial_cluster.sort_by_key(|member| member.id);
         let formation = Arc::new(Formation {
@@ -214,30 +215,49 @@ impl Consensus {
     /// Confirms with a quorum who leads, and waits until everything committed by then is applied here. A read of the
     /// state machine's memory after it is linearizable; no clock is involved. Works on any member.
     ///
+    /// Returns the leader's store time after the confirmation: the read must show nothing that was due by then.
+    ///
     /// # Errors
     /// When no leader can be confirmed.
-    pub async fn confirm_read(&self) -> Result<(), ReadIndexError> {
-        let index = self.inner.read_index.anywhere().await?;
-        self.wait_applied(index).await
+    pub async fn confirm_read(&self) -> Result<StoreTime, ReadIndexError> {
+        let confirmed = self.inner.read_index.anywhere().await?;
+        self.wait_applied(confirmed.index).await?;
+        Ok(confirmed.store_time)
     }
 
     /// If this node leads and its lease is valid at this moment: waits until everything that any member may show by
-    /// now is applied here, and returns true. A read of the state machine's memory after it is linearizable while
-    /// clock rates stay within the drift bound. Hardly ever waits, and asks nobody.
+    /// now is applied here, and returns the store time by which nothing that the read shows may have been due. A read
+    /// of the state machine's memory after it is linearizable while clock rates stay within the drift bound. Hardly
+    /// ever waits, and asks nobody. `None` without a lease.
     ///
     /// # Errors
     /// When the node is stopping.
-    pub async fn confirm_read_by_lease(&self) -> Result<bool, ReadIndexError> {
+    pub async fn confirm_read_by_lease(&self) -> Result<Option<StoreTime>, ReadIndexError> {
         // In this order: while the lease is valid nobody but this node tells of commits.
         if !self.is_leader() {
-            return Ok(false);
+            return Ok(None);
         }
+        let now = self.store_time();
         let told = self.inner.told_commit.index();
         let is_applied = self.inner.applied.borrow().position.is_some_and(|position| position.index >= told);
         if !is_applied {
             self.wait_applied(told).await?;
         }
-        Ok(true)
+        Ok(now)
+    }
+
+    /// Store time at this moment; `None` unless this node leads and has applied the first entry of its reign. Within a
+    /// reign it never goes back, and what is proposed later is stamped no earlier. A leader that was deposed goes on
+    /// counting until it notices: only a confirmed read may rely on it. Takes no lock.
+    #[must_use]
+    pub fn store_time(&self) -> Option<StoreTime> {
+        self.inner.leadership.store_time()
+    }
+
+    /// Follows whether [`store_time`](Self::store_time) has an answer.
+    #[must_use]
+    pub fn reigning(&self) -> watch::Receiver<bool> {
+        self.inner.leadership.reigning()
     }
 
     async fn wait_applied(&self, index: LogIndex) -> Result<(), ReadIndexError> {

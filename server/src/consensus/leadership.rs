@@ -13,9 +13,15 @@
 //! ask B to take over, lease kept  campaign, elected in T+1       "lease valid": answers a read from T
 //!                                 acknowledges a write in T+1    stale
 //! ```
+//!
+//! The store clock runs while this node leads and the first entry of its reign is applied here: from the store time
+//! applied by then, by our own clock. It carries nothing over from an earlier reign: a deposed leader goes on counting
+//! until it notices, while others lead or nobody does, and a lease granted meanwhile would end early by that much. For
+//! the same reason what is stamped in one reign is proposed in that reign or not at all. Time that no entry carried is
+//! lost with its reign, so that a lease may last longer, never shorter.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use d_engine_proto::Term;
@@ -60,6 +66,11 @@ pub(super) struct Leadership {
     term: AtomicU64,
     /// End of the read lease as nanoseconds of [`Moment`]; 0: none. Read without a lock on every lease read.
     lease_end: AtomicU64,
+    /// What store time is ahead of [`Moment`], in nanoseconds; [`STANDS_STILL`] outside of a reign. Read without a lock
+    /// on every read; changed together with `reign.clock_term`.
+    store_clock: AtomicI64,
+    /// Whether the store clock runs, for those who wait.
+    reigning: watch::Sender<bool>,
     reign: Mutex<Reign>,
     /// When the leader was last heard, as nanoseconds of [`Moment`].
     heard: AtomicU64,
@@ -71,8 +82,17 @@ struct Reign {
     renounced: Option<u64>,
     /// Transfers under way; openraft hands over whichever term it is in, so there is no lease at all meanwhile.
     transfers: u32,
-    /// Store time and moment at which this node's reign of the term began.
-    store_clock: Option<(u64, StoreTime, Moment)>,
+    /// The term whose store clock runs.
+    clock_term: Option<u64>,
+}
+
+const STANDS_STILL: i64 = i64::MIN;
+
+/// The store time of a new batch, and the only term in which it may be proposed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    pub(super) store_time: StoreTime,
+    pub(super) term: u64,
 }
 
 impl Leadership {
@@ -82,6 +102,8 @@ impl Leadership {
             role: AtomicU8::new(0),
             term: AtomicU64::new(0),
             lease_end: AtomicU64::new(0),
+            store_clock: AtomicI64::new(STANDS_STILL),
+            reigning: watch::Sender::new(false),
             reign: Mutex::default(),
             heard: AtomicU64::new(0),
         }
@@ -135,13 +157,53 @@ impl Leadership {
         self.heard.fetch_max(nanoseconds(Moment::now()), Ordering::Relaxed);
     }
 
-    /// Store time for a new batch: what was applied when the reign began, plus the time it lasts. Zero before that;
-    /// applying never lets store time go back.
-    pub(super) fn store_time(&self) -> StoreTime {
-        match self.reign.lock().store_clock {
-            Some((_, base, since)) => StoreTime(base.0 + Moment::now().since(since)),
-            None => StoreTime::default(),
+    /// Store time at this moment; `None` unless this node reigns. Within a reign it never goes back, and a batch that is
+    /// stamped later carries no less.
+    pub(super) fn store_time(&self) -> Option<StoreTime> {
+        let ahead = self.store_clock.load(Ordering::Acquire);
+        (ahead != STANDS_STILL)
+            .then(|| StoreTime(Duration::from_nanos(nanoseconds(Moment::now()).saturating_add_signed(ahead))))
+    }
+
+    /// As [`store_time`](Self::store_time), but gives a reign that has just begun the time to apply its first entry.
+    pub(super) async fn store_time_within(&self, patience: Duration) -> Option<StoreTime> {
+        if let Some(now) = self.store_time() {
+            return Some(now);
         }
+        let mut reigning = self.reigning.subscribe();
+        // Late or not, the clock has the last word.
+        let _ = tokio::time::timeout(patience, reigning.wait_for(|reigning| *reigning)).await;
+        self.store_time()
+    }
+
+    /// Follows whether [`store_time`](Self::store_time) has an answer.
+    pub(super) fn reigning(&self) -> watch::Receiver<bool> {
+        self.reigning.subscribe()
+    }
+
+    /// The stamp of a new batch; `None` before the clock runs: applying never lets store time go back.
+    pub(super) fn stamp(&self) -> Option<Stamp> {
+        let reign = self.reign.lock();
+        Some(Stamp { store_time: self.store_time()?, term: reign.clock_term? })
+    }
+
+    /// Starts the store clock at `applied` if the reign is a new one; without a reign it stands still.
+    fn keep_store_clock(&self, reign_of: Option<u64>, applied: StoreTime) {
+        let mut reign = self.reign.lock();
+        match reign_of {
+            Some(_) if reign.clock_term == reign_of => return,
+            Some(_) => {
+                // Read after what is applied was: whatever that contains was proposed before this moment.
+                let now = nanoseconds(Moment::now()).cast_signed();
+                let applied = duration_nanoseconds(applied.0).cast_signed();
+                self.store_clock.store(applied.saturating_sub(now), Ordering::Release);
+            }
+            None => self.store_clock.store(STANDS_STILL, Ordering::Release),
+        }
+        reign.clock_term = reign_of;
+        drop(reign);
+        self.reigning
+            .send_if_modified(|reigning| std::mem::replace(reigning, reign_of.is_some()) != reign_of.is_some());
     }
 }
 
@@ -214,6 +276,7 @@ impl Monitor {
             }
         }
         self.leadership.role.store(0, Ordering::Relaxed);
+        self.leadership.keep_store_clock(None, StoreTime::default());
         self.publish(None, 0);
     }
 
@@ -265,23 +328,11 @@ impl Monitor {
             (observed.leader.as_ref().filter(|_| fresh && reign_is_applied), 0)
         };
         let info = info.map(|leader_id| LeaderInfo { leader_id: *leader_id, term: observed.term });
-        self.keep_store_clock(
-            observed.role == Role::Leader && reign_is_applied,
-            observed.term,
-            applied.store_time,
-            now,
-        );
+        let reigns = observed.role == Role::Leader && reign_is_applied;
+        // Before the lease is published: under a lease there is a store time.
+        self.leadership.keep_store_clock(reigns.then_some(observed.term), applied.store_time);
         self.publish(info, lease_end);
         Some(())
-    }
-
-    fn keep_store_clock(&self, reigns: bool, term: u64, applied: StoreTime, now: Moment) {
-        let clock = &mut self.leadership.reign.lock().store_clock;
-        match clock {
-            Some((running, ..)) if reigns && *running == term => {}
-            _ if reigns => *clock = Some((term, applied, now)),
-            _ => *clock = None,
-        }
     }
 
     fn publish(&self, info: Option<LeaderInfo>, lease_end: u64) {
@@ -309,4 +360,50 @@ impl Monitor {
 
 fn duration_nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seconds(seconds: u64) -> StoreTime {
+        StoreTime(Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn the_store_clock_runs_within_a_reign_and_never_goes_back() {
+        let leadership = Leadership::new();
+        assert_eq!((leadership.store_time(), leadership.stamp()), (None, None));
+        leadership.keep_store_clock(Some(3), seconds(1000));
+        let mut last = seconds(1000);
+        for _ in 0..1000 {
+            let read = leadership.store_time().unwrap();
+            let stamp = leadership.stamp().unwrap();
+            assert!(last <= read && read <= stamp.store_time);
+            assert_eq!(stamp.term, 3);
+            last = stamp.store_time;
+            // What is applied meanwhile does not move it.
+            leadership.keep_store_clock(Some(3), seconds(5));
+        }
+    }
+
+    #[test]
+    fn a_new_reign_carries_nothing_over_from_the_one_before() {
+        let leadership = Leadership::new();
+        leadership.keep_store_clock(Some(3), seconds(1000));
+        for through_nothing in [true, false] {
+            if through_nothing {
+                leadership.keep_store_clock(None, seconds(7));
+                assert_eq!(leadership.store_time(), None);
+                assert!(!*leadership.reigning().borrow());
+            }
+            let before = Moment::now();
+            let term = leadership.stamp().map_or(8, |stamp| stamp.term + 2);
+            leadership.keep_store_clock(Some(term), seconds(7));
+            let Stamp { store_time, term: stamped } = leadership.stamp().unwrap();
+            assert!(store_time >= seconds(7) && store_time.0 <= seconds(7).0 + Moment::now().since(before));
+            assert_eq!(stamped, term);
+            assert!(*leadership.reigning().borrow());
+        }
+    }
 }

@@ -32,7 +32,9 @@ use super::appends::Appends;
 use super::entry;
 use super::member::Member;
 use super::raft_types::{LogId, RaftVote, Types, from_vote, to_position, to_vote};
+use super::read_index::Confirmation;
 use crate::limits::{APPENDS_IN_FLIGHT_MAX, CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX};
+use crate::state_machine::StoreTime;
 use crate::storage::{LogPosition, LogRecord, Vote};
 
 /// Who this node is, as its peers see it.
@@ -160,11 +162,13 @@ impl Peers {
         Ok(within(self.stall, client.hello(request)).await?.into_inner())
     }
 
-    /// Asks the leader which index a linearizable read has to wait for.
-    pub(super) async fn read_index(&self, to: u32, member: &Member) -> Result<LogIndex, Status> {
+    /// Asks the leader what a linearizable read has to wait for.
+    pub(super) async fn read_index(&self, to: u32, member: &Member) -> Result<Confirmation, Status> {
         let request = v1::ReadIndexRequest { route: Some(self.route(to, member.incarnation)) };
         let mut client = self.client(&member.peer_address, Lane::Control)?;
-        Ok(LogIndex(within(self.stall, client.read_index(request)).await?.into_inner().index))
+        let response = within(self.stall, client.read_index(request)).await?.into_inner();
+        let store_time = StoreTime(Duration::from_nanos(response.store_time_ns));
+        Ok(Confirmation { index: LogIndex(response.index), store_time })
     }
 }
 

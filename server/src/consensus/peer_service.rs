@@ -218,7 +218,8 @@ impl Peer for Gate {
         request: Request<v1::ReadIndexRequest>,
     ) -> Result<Response<v1::ReadIndexResponse>, Status> {
         self.0.admit(request.into_inner().route.as_ref()).await?;
-        let index = self.0.read_index.as_leader().await.map_err(stopped)?;
-        Ok(Response::new(v1::ReadIndexResponse { index: index.get(), ..Default::default() }))
+        let confirmed = self.0.read_index.as_leader().await.map_err(stopped)?;
+        let store_time_ns = u64::try_from(confirmed.store_time.0.as_nanos()).unwrap_or(u64::MAX);
+        Ok(Response::new(v1::ReadIndexResponse { index: confirmed.index.get(), store_time_ns }))
     }
 }

@@ -14,6 +14,7 @@ use super::leadership::{LeaderInfo, Leadership, Role};
 use super::raft_types::{Callback, Raft, WriteResult};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::Metrics;
+use crate::state_machine::StoreTime;
 
 /// What a pending proposal takes of the bound besides its command, so that tiny ones are bounded too.
 const PROPOSAL_OVERHEAD_BYTES: usize = 256;
@@ -187,7 +188,8 @@ impl Batcher {
     }
 
     async fn submit(&self, batch: Vec<Proposal>, slot: OwnedSemaphorePermit) {
-        let store_time = self.leadership.store_time();
+        let stamp = self.leadership.stamp();
+        let store_time = stamp.map_or_else(StoreTime::default, |stamp| stamp.store_time);
         let encoded = Batch::encode(store_time, batch.iter().map(|proposal| &proposal.command));
         let answer_all = move |result: WriteResult| {
             drop(slot);
@@ -207,8 +209,13 @@ impl Batcher {
                 }
             }
         };
+        let write = self.raft.write(encoded).responder(Callback(Box::new(answer_all)));
+        let write = match stamp {
+            Some(stamp) => write.with_leader(stamp.term),
+            None => write,
+        };
         // On failure openraft has stopped and drops the callback, and with it every answer: `Stopped`.
-        if let Err(error) = self.raft.client_write_ff(encoded, Some(Callback(Box::new(answer_all)))).await {
+        if let Err(error) = write.await {
             tracing::warn!(%error, "a batch was proposed to a stopped node");
         }
     }

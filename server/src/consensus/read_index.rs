@@ -1,7 +1,11 @@
-//! Linearizable reads: the index a read has to see applied before memory answers it (Raft dissertation, section 6.4).
+//! Linearizable reads: the index a read has to see applied before memory answers it (Raft dissertation, section 6.4),
+//! and the store time by which nothing it shows may have been due.
 //!
 //! One confirmation by a quorum serves every read that arrived before it began. Reads that arrive while one is under
 //! way wait for the next, since the running one may have begun before a write they must see.
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use d_engine_proto::LogIndex;
 use futures_util::future::BoxFuture;
@@ -10,9 +14,11 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{LinearizableReadError, RaftError};
 use tokio::sync::{mpsc, oneshot};
 
+use super::leadership::Leadership;
 use super::network::Peers;
 use super::raft_types::Raft;
 use crate::limits::READS_WAITING_MAX;
+use crate::state_machine::StoreTime;
 
 /// Why a read could not be confirmed. It is always safe to ask again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,7 +40,16 @@ pub enum ReadIndexError {
     },
 }
 
-type Confirmed = Result<LogIndex, ReadIndexError>;
+/// What a quorum has confirmed to the leader of the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Confirmation {
+    /// Everything up to here is to be applied before memory answers.
+    pub(super) index: LogIndex,
+    /// The leader's store time after the confirmation, thus after every read that shares it had arrived.
+    pub(super) store_time: StoreTime,
+}
+
+type Confirmed = Result<Confirmation, ReadIndexError>;
 
 /// Rounds of confirmations, by this node as the leader and by asking the leader.
 pub(super) struct ReadIndex {
@@ -43,10 +58,14 @@ pub(super) struct ReadIndex {
 }
 
 impl ReadIndex {
-    pub(super) fn start(raft: Raft, peers: Peers) -> Self {
-        let local = raft.clone();
-        let as_leader = Rounds::start(move || Box::pin(confirm(local.clone())));
-        let anywhere = Rounds::start(move || Box::pin(confirm_anywhere(raft.clone(), peers.clone())));
+    /// `patience`: how long a leader that was just elected may take to apply its first entry.
+    pub(super) fn start(raft: Raft, peers: Peers, leadership: Arc<Leadership>, patience: Duration) -> Self {
+        let local = Local { raft, leadership, patience };
+        let as_leader = {
+            let local = local.clone();
+            Rounds::start(move || Box::pin(local.clone().confirm()))
+        };
+        let anywhere = Rounds::start(move || Box::pin(local.clone().confirm_anywhere(peers.clone())));
         Self { as_leader, anywhere }
     }
 
@@ -61,30 +80,45 @@ impl ReadIndex {
     }
 }
 
-async fn confirm(raft: Raft) -> Confirmed {
-    match raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
-        Ok(linearizer) => Ok(LogIndex(linearizer.read_log_id().index())),
-        Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => Err(ReadIndexError::NoLeader),
-        Err(error) => Err(ReadIndexError::Unconfirmed { reason: error.to_string() }),
-    }
+/// This node, asked whether it leads.
+#[derive(Clone)]
+struct Local {
+    raft: Raft,
+    leadership: Arc<Leadership>,
+    patience: Duration,
 }
 
-async fn confirm_anywhere(raft: Raft, peers: Peers) -> Confirmed {
-    let leader = {
-        let metrics = raft.metrics();
-        let metrics = metrics.borrow_watched();
-        metrics.current_leader.and_then(|id| {
-            let member = metrics.membership_config.membership().get_node(&id)?;
-            Some((id, member.clone()))
-        })
-    };
-    match leader {
-        Some((id, _)) if id == *raft.node_id() => confirm(raft).await,
-        Some((id, member)) => peers
-            .read_index(id, &member)
-            .await
-            .map_err(|status| ReadIndexError::Unconfirmed { reason: format!("leader {id}: {}", status.message()) }),
-        None => Err(ReadIndexError::NoLeader),
+impl Local {
+    async fn confirm(self) -> Confirmed {
+        let index = match self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
+            Ok(linearizer) => LogIndex(linearizer.read_log_id().index()),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
+                return Err(ReadIndexError::NoLeader);
+            }
+            Err(error) => return Err(ReadIndexError::Unconfirmed { reason: error.to_string() }),
+        };
+        // Deposed since: a successor counts its own time.
+        let store_time = self.leadership.store_time_within(self.patience).await.ok_or(ReadIndexError::NoLeader)?;
+        Ok(Confirmation { index, store_time })
+    }
+
+    async fn confirm_anywhere(self, peers: Peers) -> Confirmed {
+        let leader = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.current_leader.and_then(|id| {
+                let member = metrics.membership_config.membership().get_node(&id)?;
+                Some((id, member.clone()))
+            })
+        };
+        match leader {
+            Some((id, _)) if id == *self.raft.node_id() => self.confirm().await,
+            Some((id, member)) => peers
+                .read_index(id, &member)
+                .await
+                .map_err(|status| ReadIndexError::Unconfirmed { reason: format!("leader {id}: {}", status.message()) }),
+            None => Err(ReadIndexError::NoLeader),
+        }
     }
 }
 
@@ -128,9 +162,7 @@ fn stopped() -> ReadIndexError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
-    use std::time::Duration;
 
     use super::*;
 
@@ -145,14 +177,14 @@ mod tests {
                 let gate = gate.clone();
                 Box::pin(async move {
                     gate.acquire().await.unwrap().forget();
-                    Ok(LogIndex(round))
+                    Ok(Confirmation { index: LogIndex(round), store_time: StoreTime::default() })
                 })
             })
         };
         let rounds = Arc::new(rounds);
         let join = |rounds: &Arc<Rounds>| {
             let rounds = rounds.clone();
-            tokio::spawn(async move { rounds.join().await.unwrap() })
+            tokio::spawn(async move { rounds.join().await.unwrap().index })
         };
         let first = join(&rounds);
         tokio::time::timeout(Duration::from_secs(30), async {

@@ -11,8 +11,9 @@ use tokio::sync::oneshot;
 use tokio_stream::wrappers::TcpListenerStream;
 
 use super::*;
+use crate::clock::Moment;
 use crate::metrics::Metrics;
-use crate::state_machine::{AppliedState, CommittedEntry, EntryContent, StateMachine};
+use crate::state_machine::{AppliedState, CommittedEntry, EntryContent, StateMachine, StoreTime};
 use crate::storage::{LogPosition, MemoryStorageEngine, StorageEngine, StorageError};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -227,6 +228,67 @@ async fn a_transfer_ends_the_lease_for_good_and_the_successor_has_every_write() 
     within(old.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
     within(old.consensus.confirm_read()).await.unwrap();
     assert_eq!(old.list.commands(), ["before", "after"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn store_time_is_the_leaders_and_no_batch_is_stamped_before_what_a_read_saw() {
+    let cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    for node in &cluster.nodes {
+        if node.consensus.node_id() != leader.consensus.node_id() {
+            assert_eq!(node.consensus.store_time(), None);
+            within(node.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
+        }
+        let mut last = leader.consensus.store_time().unwrap();
+        for _ in 0..20 {
+            let confirmed = within(node.consensus.confirm_read()).await.unwrap();
+            assert!(confirmed >= last, "{confirmed:?} is before {last:?}");
+            within(leader.consensus.propose(Bytes::from_static(b"x"))).await.unwrap();
+            last = leader.list.applied().store_time;
+            assert!(last >= confirmed, "stamped {last:?}, a read saw {confirmed:?}");
+        }
+    }
+    let by_lease = within(leader.consensus.confirm_read_by_lease()).await.unwrap();
+    assert!(by_lease.unwrap() >= leader.list.applied().store_time);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn store_time_goes_on_under_the_next_leader_from_what_was_applied() {
+    let cluster = Cluster::start(3).await;
+    let old = cluster.leader().await;
+    within(old.consensus.propose(Bytes::from_static(b"before"))).await.unwrap();
+    let before = old.list.applied().store_time;
+    old.consensus.transfer_leadership(PATIENCE).await;
+    let new = cluster.leader().await;
+    assert_ne!(new.consensus.node_id(), old.consensus.node_id());
+    within(old.consensus.reigning().wait_for(|reigning| !reigning)).await.unwrap();
+    assert_eq!(old.consensus.store_time(), None);
+    let now = new.consensus.store_time().unwrap();
+    assert!(now >= before, "{now:?} is before {before:?}");
+    within(new.consensus.propose(Bytes::from_static(b"after"))).await.unwrap();
+    assert!(new.list.applied().store_time >= now);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn store_time_stands_still_while_nobody_leads() {
+    let engine = Arc::new(MemoryStorageEngine::default());
+    let mut listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false }];
+    let mut last = None;
+    for _ in 0..3 {
+        let started = Moment::now();
+        let node = Node::start(1, &members, engine.clone(), listener).await;
+        within(node.consensus.reigning().wait_for(|reigning| *reigning)).await.unwrap();
+        let now = node.consensus.store_time().unwrap();
+        if let Some(StoreTime(last)) = last {
+            // All that may have passed since the last entry is this run.
+            assert!(now.0 >= last && now.0 - last <= Moment::now().since(started), "{last:?} became {now:?}");
+        }
+        within(node.consensus.propose(Bytes::from_static(b"x"))).await.unwrap();
+        last = Some(node.list.applied().store_time);
+        node.stop().await;
+        listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

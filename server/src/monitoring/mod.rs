@@ -92,21 +92,13 @@ struct NodeState {
 impl NodeState {
     fn of(engine: &Engine) -> Self {
         let consensus = engine.consensus();
-        let progress = consensus.progress();
-        let (revision, keys) = engine.store_size();
         Self {
             node_id: consensus.node_id().get(),
             fault: consensus.failure().borrow().as_ref().map(ToString::to_string),
             problem: engine.problem(),
             leader: engine.leader(),
             is_leader: engine.is_leader(),
-            figures: Figures {
-                committed: progress.committed,
-                applied: progress.applied,
-                pending_bytes: consensus.pending_bytes(),
-                revision,
-                keys,
-            },
+            figures: engine.figures(),
         }
     }
 

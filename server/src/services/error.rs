@@ -37,10 +37,12 @@ pub enum ServeError {
 
 /// The answer to a call.
 pub(super) fn answer<T>(result: Result<T, EngineError>) -> Result<Response<T>, Status> {
-    match result {
-        Ok(response) => Ok(Response::new(response)),
-        Err(error) => Err(DetailedStatus { message: error.to_string(), detail: error.detail() }.into()),
-    }
+    result.map(Response::new).map_err(refusal)
+}
+
+/// An error of a call, with its details.
+pub(super) fn refusal(error: EngineError) -> Status {
+    DetailedStatus { message: error.to_string(), detail: error.detail() }.into()
 }
 
 /// A status with details, for what fails before the engine is asked.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use d_engine_proto::v1::{cluster_server, kv_server, watch_server};
+use d_engine_proto::v1::{cluster_server, kv_server, lease_server, maintenance_server, session_server, watch_server};
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
@@ -10,6 +10,16 @@ use crate::engine::Engine;
 
 /// A node can get into trouble without anything being published, such as by a disk that fails, so it is also asked.
 const PERIOD: Duration = Duration::from_millis(500);
+
+/// What serves when the node does; the empty name stands for the server as a whole.
+const SERVICES: [&str; 6] = [
+    "",
+    kv_server::SERVICE_NAME,
+    lease_server::SERVICE_NAME,
+    session_server::SERVICE_NAME,
+    maintenance_server::SERVICE_NAME,
+    watch_server::SERVICE_NAME,
+];
 
 /// Keeps the reported health true, for as long as it is polled.
 pub(super) async fn follow(engine: Engine, reporter: HealthReporter) {
@@ -22,7 +32,7 @@ pub(super) async fn follow(engine: Engine, reporter: HealthReporter) {
         let ready = engine.problem().is_none();
         if reported != Some(ready) {
             let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for service in ["", kv_server::SERVICE_NAME, watch_server::SERVICE_NAME] {
+            for service in SERVICES {
                 reporter.set_service_status(service, status).await;
             }
             reported = Some(ready);

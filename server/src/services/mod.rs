@@ -9,9 +9,12 @@ mod deadline;
 mod error;
 mod health;
 mod kv;
+mod lease;
 mod listener;
+mod maintenance;
 mod observe;
 mod server;
+mod session;
 #[cfg(test)]
 mod tests;
 mod watch;

@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 const PACKAGE: &str = "/d_engine.v1.";
 
 /// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
-const METHODS: [&str; 11] = [
+const METHODS: [&str; 21] = [
     "Cluster/Members",
     "Cluster/Status",
     "Kv/CompareAndSwap",
@@ -27,6 +27,16 @@ const METHODS: [&str; 11] = [
     "Kv/Put",
     "Kv/Range",
     "Kv/Txn",
+    "Lease/Grant",
+    "Lease/KeepAlive",
+    "Lease/List",
+    "Lease/Renew",
+    "Lease/Revoke",
+    "Lease/TimeToLive",
+    "Maintenance/Compact",
+    "Session/Close",
+    "Session/Register",
+    "Session/Renew",
     "Watch/Watch",
 ];
 

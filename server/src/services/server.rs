@@ -7,6 +7,9 @@ use axum::middleware::from_fn_with_state;
 use d_engine_proto::FILE_DESCRIPTOR_SET;
 use d_engine_proto::v1::cluster_server::ClusterServer;
 use d_engine_proto::v1::kv_server::KvServer;
+use d_engine_proto::v1::lease_server::LeaseServer;
+use d_engine_proto::v1::maintenance_server::MaintenanceServer;
+use d_engine_proto::v1::session_server::SessionServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::service::Routes;
@@ -47,6 +50,9 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
             .map_err(|error| ServeError::Ended { message: error.to_string() })?;
         let message_max = limits::CLIENT_MESSAGE_BYTES_MAX;
         let routes = Routes::new(KvServer::from_arc(service.clone()).max_decoding_message_size(message_max))
+            .add_service(LeaseServer::from_arc(service.clone()).max_decoding_message_size(message_max))
+            .add_service(SessionServer::from_arc(service.clone()).max_decoding_message_size(message_max))
+            .add_service(MaintenanceServer::from_arc(service.clone()).max_decoding_message_size(message_max))
             .add_service(ClusterServer::from_arc(service).max_decoding_message_size(message_max))
             .add_service(WatchService::new(engine.clone()))
             .add_service(peers)

@@ -9,6 +9,9 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes};
 use d_engine_proto::v1::cluster_client::ClusterClient;
 use d_engine_proto::v1::kv_client::KvClient;
+use d_engine_proto::v1::lease_client::LeaseClient;
+use d_engine_proto::v1::maintenance_client::MaintenanceClient;
+use d_engine_proto::v1::session_client::SessionClient;
 use d_engine_proto::v1::{self, Outcome};
 use d_engine_proto::{DetailedStatus, ErrorCode, NodeId, limits};
 use prost::Message;
@@ -25,7 +28,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 use super::*;
 use crate::config::RaftNodeConfig;
 use crate::consensus::{Consensus, ConsensusConfig};
-use crate::engine::ReadPolicy;
+use crate::engine::{EngineConfig, ReadPolicy};
 use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::{Figures, Metrics};
 use crate::state_machine::kv::KvStateMachine;
@@ -65,10 +68,14 @@ impl Node {
         let storage = Arc::new(MemoryStorageEngine::default());
         let (consensus, peers) =
             Consensus::start(consensus_config, storage, kv.clone(), metrics.clone()).await.unwrap();
-        let policy = ReadPolicy { default: v1::Consistency::Linearizable, allow_client_override: true };
-        let watches =
-            config.raft.watch.enabled.then(|| Hub::start(kv.clone(), HubSettings::default(), metrics.clone()));
-        let engine = Engine::new(consensus, kv, watches, policy, vec![directory.path().to_owned()]);
+        let engine_config = EngineConfig {
+            read_policy: ReadPolicy { default: v1::Consistency::Linearizable, allow_client_override: true },
+            watches_enabled: config.raft.watch.enabled,
+            leases_enabled: config.raft.state_machine.lease_enabled,
+            history_retention: None,
+            data_directories: vec![directory.path().to_owned()],
+        };
+        let engine = Engine::new(consensus, kv, engine_config, metrics.clone());
         let (stop, stopped) = oneshot::channel();
         let shutdown = async {
             let _ = stopped.await;
@@ -245,10 +252,71 @@ async fn a_deadline_is_answered_with_details_before_the_client_gives_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn leases_are_kept_over_a_stream_that_answers_in_order() {
+    let node = Node::start().await;
+    let mut leases = LeaseClient::new(node.channel().await);
+    let grant = v1::LeaseGrantRequest { ttl_ms: 60_000, ..Default::default() };
+    let granted = leases.grant(grant).await.unwrap().into_inner();
+    let missing = granted.lease + 1;
+    let asked = [granted.lease, missing, granted.lease];
+    let requests = tokio_stream::iter(asked.map(|lease| v1::LeaseRenewRequest { lease }));
+    let mut answers = leases.keep_alive(requests).await.unwrap().into_inner();
+    for lease in asked {
+        let answer = within(answers.message()).await.unwrap().unwrap();
+        assert_eq!((answer.lease, answer.ttl_ms > 0), (lease, lease != missing));
+        assert!(answer.header.is_some());
+    }
+    assert_eq!(within(answers.message()).await.unwrap(), None, "the stream ends with its requests");
+
+    let refused = leases.renew(v1::LeaseRenewRequest { lease: missing }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert_eq!(details(&refused).code(), Some(ErrorCode::LeaseNotFound));
+    let listed = leases.list(v1::LeaseListRequest::default()).await.unwrap().into_inner();
+    assert_eq!(listed.leases.len(), 1);
+    let revoke = v1::LeaseRevokeRequest { lease: granted.lease, session: None };
+    assert_eq!(leases.revoke(revoke).await.unwrap().into_inner().deleted, 0);
+    let shown = leases.time_to_live(v1::LeaseTimeToLiveRequest { lease: granted.lease, ..Default::default() }).await;
+    assert_eq!(details(&shown.unwrap_err()).code(), Some(ErrorCode::LeaseNotFound));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repetition_under_a_session_gets_the_first_answer() {
+    let node = Node::start().await;
+    let mut sessions = SessionClient::new(node.channel().await);
+    let registered = sessions.register(v1::SessionRegisterRequest { ttl_ms: 5000 }).await.unwrap().into_inner();
+    let session = registered.session;
+    assert_eq!(sessions.renew(v1::SessionRenewRequest { session }).await.unwrap().into_inner().ttl_ms, 5000);
+    let call = Some(v1::SessionCall { session, sequence: 1, acknowledged_through: 0 });
+    let request = v1::PutRequest { session: call, return_previous: true, ..put("k", "v") };
+    let first = node.kv().await.put(request.clone()).await.unwrap().into_inner();
+    node.kv().await.put(put("k", "w")).await.unwrap();
+    assert_eq!(node.kv().await.put(request.clone()).await.unwrap().into_inner(), first);
+    sessions.close(v1::SessionCloseRequest { session }).await.unwrap();
+    let refused = node.kv().await.put(request).await.unwrap_err();
+    assert_eq!(details(&refused).code(), Some(ErrorCode::SessionExpired));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compacted_revision_is_refused_by_the_name_of_the_oldest_one() {
+    let node = Node::start().await;
+    for value in ["1", "2", "3"] {
+        node.kv().await.put(put("k", value)).await.unwrap();
+    }
+    let mut maintenance = MaintenanceClient::new(node.channel().await);
+    let target = Some(v1::compact_request::Target::Revision(3));
+    let compacted = maintenance.compact(v1::CompactRequest { target }).await.unwrap().into_inner();
+    assert_eq!(compacted.compacted_revision, 3);
+    let read = v1::ReadOptions { revision: 2, ..v1::ReadOptions::default() };
+    let refused = node.kv().await.get(v1::GetRequest { key: "k".into(), read: Some(read) }).await.unwrap_err();
+    assert_eq!(details(&refused).code(), Some(ErrorCode::Compacted));
+    assert_eq!(details(&refused).detail.revision, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn health_and_reflection_answer() {
     let node = Node::start().await;
     let mut health = HealthClient::new(node.channel().await);
-    for service in ["", "d_engine.v1.Kv", "d_engine.v1.Cluster"] {
+    for service in ["", "d_engine.v1.Kv", "d_engine.v1.Lease", "d_engine.v1.Session", "d_engine.v1.Cluster"] {
         let request = HealthCheckRequest { service: service.to_owned() };
         let mut statuses = health.watch(request).await.unwrap().into_inner();
         let serving = async { while statuses.message().await.unwrap().unwrap().status() != ServingStatus::Serving {} };

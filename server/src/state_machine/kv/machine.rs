@@ -7,6 +7,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -35,6 +36,9 @@ pub struct KvStateMachine {
     recent: Recent,
     /// Follows `current`, for those who wait.
     revision: watch::Sender<Revision>,
+    /// Follows `current` too.
+    due: watch::Sender<Option<StoreTime>>,
+    expired: AtomicU64,
 }
 
 /// Where a read at some revision is served from.
@@ -69,9 +73,11 @@ impl KvStateMachine {
         drop(newest);
         store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
         let (revision, _) = watch::channel(store.revision());
+        let (due, _) = watch::channel(store.due());
         let recent = Recent::after(store.revision());
         let current = Arc::new(ArcSwap::from_pointee(store));
-        Ok(Self { current, applying: Mutex::new(()), versions: Arc::new(versions), recent, revision })
+        let (applying, expired) = (Mutex::new(()), AtomicU64::new(0));
+        Ok(Self { current, applying, versions: Arc::new(versions), recent, revision, due, expired })
     }
 
     /// The store as of now: consistent, and unmoved by what is applied later. Dropped soon, since it keeps what it shows
@@ -131,6 +137,24 @@ impl KvStateMachine {
     pub fn revisions(&self) -> watch::Receiver<Revision> {
         self.revision.subscribe()
     }
+
+    /// When the next lease or session is due, as [`Store::due`] of the current store; costs next to nothing.
+    #[must_use]
+    pub fn due(&self) -> Option<StoreTime> {
+        self.current.load().due()
+    }
+
+    /// How many leases and sessions came to their deadline since the node started, those of replayed entries included.
+    #[must_use]
+    pub fn expired(&self) -> u64 {
+        self.expired.load(Ordering::Relaxed)
+    }
+
+    /// Follows [`due`](Self::due): what has ended by then is gone from [`current`](Self::current).
+    #[must_use]
+    pub fn due_changes(&self) -> watch::Receiver<Option<StoreTime>> {
+        self.due.subscribe()
+    }
 }
 
 impl StateMachine for KvStateMachine {
@@ -146,16 +170,21 @@ impl StateMachine for KvStateMachine {
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
         let _applying = self.applying.lock();
         let mut store = Store::clone(&self.current.load());
-        let store::Effects { answers, changes, records } = store.apply(entry);
+        let store::Effects { answers, changes, records, expired } = store.apply(entry);
         let changes = Arc::new(changes);
         let state = store.state().clone();
         let revision = store.revision();
+        let due = store.due();
         // In this order: who sees a revision finds its changes, and who sees a change can read it.
         self.current.store(Arc::new(store));
         self.recent.push(&changes);
         if *self.revision.borrow() != revision {
             self.revision.send_replace(revision);
         }
+        if *self.due.borrow() != due {
+            self.due.send_replace(due);
+        }
+        self.expired.fetch_add(expired as u64, Ordering::Relaxed);
         self.versions.submit(Submission { changes, records, state })?;
         Ok(answers)
     }

@@ -156,7 +156,7 @@ mod tests {
                     let changes = Arc::new(put_all(revision, &mut held));
                     let compacted = Revision(revision.get().saturating_sub(2));
                     let state = StoreState { revision, compacted, ..StoreState::default() };
-                    let Ok(store) = Store::restore::<KvError>(state.clone(), || Ok(None)) else { return };
+                    let Ok(store) = Store::restore(state.clone(), &[]) else { return };
                     // As the state machine does it: published first.
                     current.store(Arc::new(store));
                     versions.submit(Submission { changes, records: Vec::new(), state }).unwrap();

@@ -46,6 +46,8 @@ pub(super) struct Effects {
     pub(super) changes: Vec<Change>,
     /// The leases and sessions that changed, each once.
     pub(super) records: Vec<Record>,
+    /// How many leases and sessions came to their deadline.
+    pub(super) expired: usize,
 }
 
 impl Store {
@@ -176,29 +178,30 @@ impl Store {
 
     fn apply_commands(&mut self, commands: &[Bytes]) -> Effects {
         let mut changes = Vec::with_capacity(commands.len());
-        self.expire(&mut changes);
+        let expired = self.expire(&mut changes);
         let mut answers = Vec::with_capacity(commands.len());
         let mut buffer = BytesMut::with_capacity(commands.len() * ANSWER_BYTES_TYPICAL);
         for command in commands {
             answers.push(self.answer(command, &mut buffer, &mut changes));
         }
         let records = self.leases.take_records().chain(self.sessions.take_records()).collect();
-        Effects { answers, changes, records }
+        Effects { answers, changes, records, expired }
     }
 
     /// Ends what is due, the earliest first; only so much of it that the entry's commands need not wait for long. The
-    /// next entry goes on.
-    fn expire(&mut self, changes: &mut Vec<Change>) {
-        for _ in 0..EXPIRIES_PER_ENTRY_MAX {
+    /// next entry goes on. Returns how much.
+    fn expire(&mut self, changes: &mut Vec<Change>) -> usize {
+        for expired in 0..EXPIRIES_PER_ENTRY_MAX {
             match self.next_due() {
                 Some((deadline, owner)) if deadline <= self.now() => match owner {
                     // It exists, being due.
                     RecordKey::Lease(lease) => drop(self.in_one_revision(changes, |step| step.end_lease(lease))),
                     RecordKey::Session(session) => self.sessions.close(session),
                 },
-                _ => return,
+                _ => return expired,
             }
         }
+        EXPIRIES_PER_ENTRY_MAX
     }
 
     /// Who is due next, and when. Of those that are due at once, leases come before sessions and smaller ids before

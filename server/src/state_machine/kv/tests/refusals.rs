@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 use d_engine_proto::v1::{self, command::Command, compare, txn_operation::Operation};
-use d_engine_proto::{ErrorCode, limits};
+use d_engine_proto::{ErrorCode, LeaseId, limits};
 
 use super::{delete, delete_range, get, operations, put, range, txn};
 use crate::state_machine::kv::{
-    KvError, is_read_only, validate, validate_get, validate_get_many, validate_range, validate_txn,
+    KvError, is_read_only, validate, validate_compact, validate_get, validate_get_many, validate_lease_list,
+    validate_lease_renew, validate_lease_time_to_live, validate_range, validate_txn,
 };
 
 fn check(command: Command) -> Result<(), KvError> {
@@ -201,6 +202,95 @@ fn read_options_belong_to_reads_that_stand_alone() {
     assert_eq!(check(Command::Txn(reads)), Err(KvError::MisplacedReadOptions));
     let says_nothing = Operation::Get(v1::GetRequest { read: read_at(0), ..get(b"a") });
     assert_eq!(check_txn(txn(vec![says_nothing])), Ok(()));
+}
+
+#[test]
+fn a_key_is_attached_to_one_lease_and_times_to_live_have_bounds() {
+    let both = v1::PutRequest { lease: 7, ttl_ms: 100, ..put(b"a", b"") };
+    assert_eq!(check_put(both.clone()), Err(KvError::LeaseAndTtl));
+    assert_eq!(check_txn(txn(vec![Operation::Put(both)])), Err(KvError::LeaseAndTtl));
+    let with_ttl = |ttl_ms| check_put(v1::PutRequest { ttl_ms, ..put(b"a", b"") });
+    let grant = |ttl_ms, lease| check(Command::LeaseGrant(v1::LeaseGrantRequest { ttl_ms, lease, session: None }));
+    let register = |ttl_ms| check(Command::SessionRegister(v1::SessionRegisterRequest { ttl_ms }));
+    let (min, max) = (limits::LEASE_TTL_MS_MIN, limits::LEASE_TTL_MS_MAX);
+    for ttl_ms in [0, min, max] {
+        assert_eq!(with_ttl(ttl_ms), Ok(()));
+        assert_eq!(grant(ttl_ms, 0).is_ok(), ttl_ms != 0, "a grant without a time to live means nothing");
+    }
+    for ttl_ms in [min - 1, max + 1] {
+        let refused = Err(KvError::TtlOutOfBounds { ttl_ms, min_ms: min, max_ms: max });
+        assert_eq!((with_ttl(ttl_ms), grant(ttl_ms, 0)), (refused.clone(), refused));
+    }
+    let (min, max) = (limits::SESSION_TTL_MS_MIN, limits::SESSION_TTL_MS_MAX);
+    for (ttl_ms, fits) in [(0, true), (min - 1, false), (min, true), (max, true), (max + 1, false)] {
+        assert_eq!(register(ttl_ms).is_ok(), fits, "{ttl_ms}");
+    }
+    assert_eq!(grant(100, u64::MAX / 2), Ok(()));
+    let lease = u64::MAX / 2 + 1;
+    assert_eq!(grant(100, lease), Err(KvError::LeaseIdTooLarge { lease: LeaseId(lease) }));
+}
+
+#[test]
+fn leases_and_sessions_are_named() {
+    let missing = |field| Err(KvError::Missing { field });
+    assert_eq!(check(Command::LeaseRevoke(v1::LeaseRevokeRequest::default())), missing("lease"));
+    assert_eq!(validate_lease_renew(&v1::LeaseRenewRequest::default()), missing("lease"));
+    assert_eq!(validate_lease_time_to_live(&v1::LeaseTimeToLiveRequest::default()), missing("lease"));
+    assert_eq!(check(Command::SessionRenew(v1::SessionRenewRequest::default())), missing("session"));
+    assert_eq!(check(Command::SessionClose(v1::SessionCloseRequest::default())), missing("session"));
+    assert_eq!(validate_compact(&v1::CompactRequest::default()), missing("target"));
+}
+
+#[test]
+fn leases_are_read_as_of_now() {
+    let time_to_live = |read| validate_lease_time_to_live(&v1::LeaseTimeToLiveRequest { lease: 1, keys: true, read });
+    let list = |read| validate_lease_list(&v1::LeaseListRequest { read, ..Default::default() });
+    assert_eq!((time_to_live(read_at(1)), list(read_at(1))), (Err(KvError::PastLeases), Err(KvError::PastLeases)));
+    assert_eq!((time_to_live(read_at(0)), list(None)), (Ok(()), Ok(())));
+}
+
+#[test]
+fn a_session_belongs_beside_a_command_that_may_be_repeated() {
+    let call = |session, sequence| Some(v1::SessionCall { session, sequence, acknowledged_through: 0 });
+    let under = |command, session| validate(&v1::Command { command: Some(command), session, payload_hash: 0 });
+    let put_a = || Command::Put(put(b"a", b""));
+    assert_eq!(under(put_a(), call(1, 1)), Ok(()));
+    assert_eq!(under(put_a(), call(0, 1)), Err(KvError::Missing { field: "session" }));
+    assert_eq!(under(put_a(), call(1, 0)), Err(KvError::Missing { field: "sequence" }));
+    let repeatable = [
+        Command::LeaseGrant(v1::LeaseGrantRequest { ttl_ms: 100, ..Default::default() }),
+        Command::LeaseRevoke(v1::LeaseRevokeRequest { lease: 1, session: None }),
+    ];
+    for command in repeatable {
+        assert_eq!(under(command, call(1, 1)), Ok(()));
+    }
+    let target = Some(v1::compact_request::Target::Revision(1));
+    let others = [
+        Command::LeaseRenewals(v1::LeaseRenewals::default()),
+        Command::SessionRegister(v1::SessionRegisterRequest::default()),
+        Command::SessionRenew(v1::SessionRenewRequest { session: 1 }),
+        Command::SessionClose(v1::SessionCloseRequest { session: 1 }),
+        Command::Compact(v1::CompactRequest { target }),
+        Command::Tick(v1::Tick {}),
+    ];
+    for command in others {
+        assert_eq!(under(command.clone(), call(1, 1)), Err(KvError::MisplacedSession));
+        assert_eq!(under(command, None), Ok(()));
+    }
+
+    let session = call(1, 1);
+    let within = [
+        Operation::Put(v1::PutRequest { session, ..put(b"a", b"") }),
+        Operation::Delete(v1::DeleteRequest { session, ..delete(b"a") }),
+        Operation::DeleteRange(v1::DeleteRangeRequest { session, ..delete_range(b"", b"") }),
+        Operation::Txn(v1::TxnRequest { session, ..Default::default() }),
+    ];
+    for operation in within {
+        assert_eq!(check_txn(txn(vec![operation.clone()])), Err(KvError::MisplacedSession));
+        assert_eq!(check_txn(txn(vec![Operation::Txn(txn(vec![operation]))])), Err(KvError::MisplacedSession));
+    }
+    let left_in_the_request = check_put(v1::PutRequest { session, ..put(b"a", b"") });
+    assert_eq!(left_in_the_request, Err(KvError::MisplacedSession));
 }
 
 #[test]
