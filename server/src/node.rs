@@ -16,7 +16,6 @@ use crate::monitoring;
 use crate::services::{self, ServeError};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::{RocksDBStorageEngine, StorageError};
-use crate::watch::{Hub, HubSettings};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
 const LOG_DIRECTORY: &str = "log";

@@ -31,6 +31,7 @@ struct Cluster(Vec<Node>);
 fn config() -> EngineConfig {
     EngineConfig {
         read_policy: ReadPolicy { default: Consistency::Linearizable, allow_client_override: true },
+        watches_enabled: true,
         leases_enabled: true,
         history_retention: None,
         data_directories: Vec::new(),

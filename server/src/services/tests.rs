@@ -33,7 +33,6 @@ use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::{Figures, Metrics};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::MemoryStorageEngine;
-use crate::watch::{Hub, HubSettings};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
