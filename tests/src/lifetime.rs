@@ -84,6 +84,30 @@ pub fn standstill(writes: &[Duration], from: Duration, to: Duration, steady: Dur
     total
 }
 
+/// From when on a key must be gone whose last promise was answered at `answered`: its time to live later, plus the time
+/// that stood still until then, plus a margin. `None` if that lies beyond the last write, where nobody can tell.
+#[must_use]
+pub fn due(
+    writes: &[Duration],
+    answered: Duration,
+    ttl: Duration,
+    steady: Duration,
+    margin: Duration,
+) -> Option<Duration> {
+    let last = writes.iter().max().copied()?;
+    let mut due = answered + ttl + margin;
+    loop {
+        if due > last {
+            return None;
+        }
+        let later = answered + ttl + margin + standstill(writes, answered, due, steady);
+        if later <= due {
+            return Some(due);
+        }
+        due = later;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,5 +151,14 @@ mod tests {
         assert_eq!(standstill(&writes, s(1), s(9), s(1)), s(4));
         assert_eq!(standstill(&writes, s(1), s(20), s(1)), s(4) + s(11));
         assert_eq!(standstill(&[], s(3), s(9), s(1)), s(6));
+    }
+
+    #[test]
+    fn what_stood_still_is_added_to_when_a_key_is_due() {
+        let steady: Vec<_> = (0..40).map(s).collect();
+        assert_eq!(due(&steady, s(5), s(3), s(1), s(2)), Some(s(10)));
+        let broken: Vec<_> = (0..8).chain(20..40).map(s).collect();
+        assert_eq!(due(&broken, s(5), s(3), s(1), s(2)), Some(s(10) + s(13)));
+        assert_eq!(due(&broken, s(38), s(3), s(1), s(2)), None);
     }
 }

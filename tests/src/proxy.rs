@@ -182,7 +182,8 @@ mod tests {
         proxy.lose_answers();
         client.write_u8(2).await.unwrap();
         told.wait_for(|asked| *asked == [1, 2]).await.unwrap();
-        wait::until("the answer to be lost", wait::PATIENCE, || async { (proxy.lost_bytes() == 1).then_some(()) }).await;
+        wait::until("the answer to be lost", wait::PATIENCE, || async { (proxy.lost_bytes() == 1).then_some(()) })
+            .await;
         proxy.cut();
         client.read_u8().await.expect_err("the connection broke before the answer");
 

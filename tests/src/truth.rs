@@ -172,10 +172,7 @@ impl Truth {
                 return Err(format!("revision {revision} changed {key:?} twice"));
             }
             if change.before.is_some() && change.before != before {
-                return Err(format!(
-                    "revision {revision} found {key:?} at {:?}, which held {before:?}",
-                    change.before
-                ));
+                return Err(format!("revision {revision} found {key:?} at {:?}, which held {before:?}", change.before));
             }
             follows(&change, before.as_ref())?;
             match &change.after {

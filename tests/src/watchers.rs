@@ -295,7 +295,8 @@ impl Watchers {
         let whole = tokio::time::timeout_at(patience, self.whole).await.map_err(|_| late("the watch of everything"))?;
         let whole = whole.map_err(|error| error.to_string())??;
         let changes: Vec<Change> = whole.deliveries.iter().flat_map(|delivery| delivery.changes.clone()).collect();
-        let truth = Truth::new(self.base.0, self.base.1, changes).map_err(|wrong| format!("watch of everything: {wrong}"))?;
+        let truth =
+            Truth::new(self.base.0, self.base.1, changes).map_err(|wrong| format!("watch of everything: {wrong}"))?;
         if truth.last() != last {
             return Err(format!("the watch of everything ends at {} instead of {last}", truth.last()));
         }

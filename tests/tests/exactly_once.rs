@@ -19,7 +19,7 @@ use d_engine_tests::once::{self, Fate, Put, Tally};
 use d_engine_tests::puppet::Puppet;
 use d_engine_tests::truth::{Change, Truth, View};
 use d_engine_tests::watched::Watched;
-use d_engine_tests::{watchers, wait};
+use d_engine_tests::{wait, watchers};
 use fastrand::Rng;
 
 /// Long enough for a cluster to be whole again.
@@ -250,7 +250,8 @@ async fn history(client: &Client, base: (u64, d_engine_tests::truth::State), las
     let view = View { previous: true, ..View::of(KeyRange::all()) };
     let watched = Watched::new("the history", view, base.0 + 1);
     let watching = watchers::by_client(client.clone(), watched, None, goals);
-    let watched = tokio::time::timeout(wait::PATIENCE, watching).await.expect("the watch comes to the present").unwrap();
+    let watched =
+        tokio::time::timeout(wait::PATIENCE, watching).await.expect("the watch comes to the present").unwrap();
     let changes: Vec<Change> = watched.deliveries.into_iter().flat_map(|delivery| delivery.changes).collect();
     Truth::new(base.0, base.1, changes).unwrap()
 }
@@ -265,14 +266,8 @@ async fn put(
     call: v1::SessionCall,
 ) -> Result<v1::PutResponse, tonic::Status> {
     let (key, value) = (Bytes::copy_from_slice(key.as_bytes()), Bytes::copy_from_slice(value.as_bytes()));
-    let request = v1::PutRequest {
-        key,
-        value,
-        lease,
-        return_previous: true,
-        session: Some(call),
-        ..v1::PutRequest::default()
-    };
+    let request =
+        v1::PutRequest { key, value, lease, return_previous: true, session: Some(call), ..v1::PutRequest::default() };
     let mut answer = node.kv().put(node.timed(request)).await?.into_inner();
     // Who answers, and in which term, is no part of what was answered.
     if let Some(header) = &mut answer.header {
@@ -315,7 +310,9 @@ async fn numbers_come_in_any_order_and_are_answered_as_the_first_time() {
         .iter()
         .map(|sequence| {
             let (node, sequence) = (node.clone(), *sequence);
-            tokio::spawn(async move { (sequence, put(&node, "k", &format!("v{sequence}"), 0, call(sequence, 0)).await) })
+            tokio::spawn(
+                async move { (sequence, put(&node, "k", &format!("v{sequence}"), 0, call(sequence, 0)).await) },
+            )
         })
         .collect();
     let mut first = BTreeMap::new();
@@ -348,7 +345,11 @@ async fn numbers_come_in_any_order_and_are_answered_as_the_first_time() {
     let (invalid, not_applied) = (ErrorCode::InvalidArgument, v1::Outcome::NotApplied);
     is_refused(put(&node, "k", "other bytes", 0, call(7, 0)).await, invalid, not_applied);
     is_refused(put(&node, "k", "v0", 0, call(0, 0)).await, invalid, not_applied);
-    is_refused(put(&node, "k", "x", 0, call(limits::SESSION_WINDOW_CALLS + 1, 0)).await, ErrorCode::ResourceExhausted, not_applied);
+    is_refused(
+        put(&node, "k", "x", 0, call(limits::SESSION_WINDOW_CALLS + 1, 0)).await,
+        ErrorCode::ResourceExhausted,
+        not_applied,
+    );
     assert_eq!(version().await, CALLS);
 
     // Acknowledged answers are gone for good, also for who is told of fewer acknowledgements.
