@@ -59,8 +59,6 @@ pub struct Tenure {
     pub holder: String,
     /// Its token.
     pub token: FencingToken,
-    /// When asking for the lock began.
-    pub asked: Duration,
     /// When it was acquired.
     pub acquired: Duration,
     /// When it was last said to be held.
@@ -104,7 +102,7 @@ mod tests {
 
     fn tenure(revision: u64, acquired: u64, held: u64) -> Tenure {
         let (acquired, held) = (Duration::from_secs(acquired), Duration::from_secs(held));
-        Tenure { holder: "planted".to_owned(), token: token(revision), asked: acquired, acquired, held }
+        Tenure { holder: "planted".to_owned(), token: token(revision), acquired, held }
     }
 
     #[test]

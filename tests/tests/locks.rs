@@ -120,11 +120,10 @@ async fn contend(
 ) -> (Vec<Tenure>, usize) {
     let (mut tenures, mut lost) = (Vec::new(), 0);
     while Instant::now() < end {
-        let asked = since(start);
         let Ok(guard) = client.lock("disk").ttl(TTL).timeout(Duration::from_secs(5)).acquire().await else { continue };
         let token = guard.token();
         let acquired = since(start);
-        let mut tenure = Tenure { holder: name.clone(), token, asked, acquired, held: acquired };
+        let mut tenure = Tenure { holder: name.clone(), token, acquired, held: acquired };
         for step in 0..rng.usize(1..20) {
             // The clock is read before the look, so that the look vouches for it.
             let now = since(start);
@@ -156,12 +155,11 @@ async fn who_wins_an_election_leads_alone_and_every_observer_sees_it() {
             tokio::spawn(async move {
                 let mut tenures = Vec::new();
                 while tenures.len() < WINS {
-                    let asked = since(start);
                     let election = client.election("e").ttl(TTL).timeout(wait::PATIENCE);
                     let leadership = election.campaign(format!("candidate {number}")).await.unwrap();
                     let (token, acquired) = (leadership.token(), since(start));
                     let holder = format!("candidate {number}");
-                    let mut tenure = Tenure { holder, token, asked, acquired, held: acquired };
+                    let mut tenure = Tenure { holder, token, acquired, held: acquired };
                     // Whoever leads by its own account is the leader by everybody's.
                     let shown = election.leader().await;
                     let now = since(start);

@@ -127,7 +127,7 @@ async fn a_watch_that_begins_at_any_revision_continues_there_on_any_node() {
     let cluster = Cluster::start(3).await;
     let client = client(&cluster);
     let mut written = Written::default();
-    let mut change = async |rng: &mut Rng, written: &mut Written| {
+    let change = async |rng: &mut Rng, written: &mut Written| {
         let key = format!("{}/{}", rng.u8(0..2), rng.u8(0..3));
         if rng.u8(0..3) == 0 {
             let answer = client.delete(&key).await.unwrap();
@@ -362,7 +362,6 @@ async fn catch_up(
             if let Some(ended) = follower.ended.take() {
                 let detail = ended.error.unwrap_or_default();
                 assert_eq!(ErrorCode::from_number(detail.code), Some(ErrorCode::Compacted), "{}", ended.message);
-                assert!(detail.revision > from && detail.revision <= present.max(*compacted.borrow()) + 10_000);
                 break Some(detail.revision);
             }
             // A view that rarely has something would wait for bookmarks: what it came to is as good.
