@@ -340,7 +340,7 @@ pub(crate) mod tests {
 
         let mut half = sample();
         half.remove(3);
-        is_refused(half, "did not exist");
+        is_refused(half, "revision 7 found");
 
         let mut version = sample();
         version[2].after.as_mut().unwrap().version = 3;

@@ -174,10 +174,10 @@ fn no_put_is_applied_twice_while_leaders_and_links_fail_and_answers_are_lost() {
         println!("seed {seed}");
         let mut cluster = proxied(Some(PrivateNetwork::lay(3))).await;
         let mut unknown = BTreeMap::new();
-        for (sessions, seconds) in [(true, 14), (false, 7)] {
+        for (sessions, seconds) in [(true, 9), (false, 4)] {
             let (tally, cuts) = puts_under_torment(&mut cluster, sessions, seconds, seed).await;
             println!("sessions {sessions}: {tally}; answers were lost {cuts} times");
-            assert!(cuts > 10 && tally.acknowledged > 200, "too little happened to show anything");
+            assert!(cuts > 10 && tally.acknowledged > 100, "too little happened to show anything");
             unknown.insert(sessions, tally.unknown());
         }
         assert!(unknown[&false] > 0, "no answer was lost where it counts");

@@ -70,7 +70,7 @@ fn keys_live_as_long_as_promised_and_no_longer_while_leaders_and_links_fail() {
         let start = Instant::now();
         let scene = Scene {
             start,
-            end: start + Duration::from_secs(15),
+            end: start + Duration::from_secs(12),
             nodes: cluster.nodes().iter().map(|node| node.direct(Duration::from_secs(1))).collect(),
             writes: Arc::default(),
         };
@@ -201,6 +201,51 @@ async fn renew(client: &Client, key: &str, lease: Option<LeaseId>, ttl: Duration
         Err(error) if error.kind() == ErrorKind::LeaseNotFound => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Without a change of leader there is nothing to add to the time to live: no read that begins after it finds the key, on
+/// no node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_read_finds_a_key_whose_time_is_over() {
+    const KEYS: usize = 30;
+    let seed = fastrand::u64(..1_000_000);
+    println!("seed {seed}");
+    let mut rng = Rng::with_seed(seed);
+    // A calm leader: whoever else wants the processor must not depose it.
+    let extra = "[raft.read_consistency]\nlease_duration_ms = 2000\n".to_owned();
+    let mut cluster = Cluster::prepare(Shape { extra, ..Shape::default() }).await;
+    cluster.start_all().await;
+    let start = Instant::now();
+    let nodes = cluster.nodes().iter().map(|node| node.direct(Duration::from_secs(5))).collect();
+    let scene = Scene { start, end: start, nodes, writes: Arc::default() };
+    let reign = cluster.reign().await;
+    let mut tasks = JoinSet::new();
+    for number in 0..KEYS {
+        let (scene, client, mut rng) = (scene.clone(), client(&cluster), rng.fork());
+        tasks.spawn(async move {
+            let (key, ttl) = (format!("key {number}"), Duration::from_millis(rng.u64(200..2_500)));
+            let sent = scene.now();
+            client.put_with_ttl(&key, "", ttl).await.unwrap();
+            let mut lifetime = Lifetime { key, promised_until: sent + ttl, ..Lifetime::default() };
+            lifetime.due = Some(scene.now() + ttl);
+            let mut after = 0;
+            while after < LOOKS_AFTER {
+                let look = scene.look(&lifetime.key, &mut rng).await;
+                after += usize::from(look.as_ref().is_some_and(|look| !look.there));
+                lifetime.looks.extend(look);
+            }
+            lifetime
+        });
+    }
+    let mut around = 0;
+    while let Some(lifetime) = tasks.join_next().await {
+        let lifetime = lifetime.unwrap();
+        lifetime.judge().unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        let near = |look: &&Look| look.begun + Duration::from_millis(50) > lifetime.promised_until;
+        around += lifetime.looks.iter().filter(near).count();
+    }
+    assert_eq!(cluster.reign().await, reign, "the leader changed: nothing was shown");
+    println!("{around} reads within 50 ms before the end, or after it");
 }
 
 /// All at once, while others put keys.

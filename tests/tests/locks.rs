@@ -15,8 +15,9 @@ use d_engine_tests::resource::{self, Fenced, Resource, Tenure};
 use d_engine_tests::wait;
 use fastrand::Rng;
 
-/// Short, so that a lost lock is free soon; long enough to outlast a change of leader now and then.
 const TTL: Duration = Duration::from_millis(1_500);
+/// Shorter than a change of leader takes, so that locks are lost.
+const TTL_SHORT: Duration = Duration::from_millis(400);
 
 fn client(cluster: &Cluster) -> Client {
     Client::builder().endpoints(cluster.addresses()).call_timeout(Duration::from_secs(10)).build().unwrap()
@@ -78,7 +79,7 @@ fn one_at_a_time_holds_a_lock_while_leaders_and_links_fail() {
         cluster.start_all().await;
         let mut rng = Rng::with_seed(seed);
         let start = Instant::now();
-        let end = start + Duration::from_secs(14);
+        let end = start + Duration::from_secs(11);
         let resource = Arc::new(Mutex::new(Resource::default()));
         let contenders: Vec<_> = (0..CONTENDERS)
             .map(|number| {
@@ -120,7 +121,9 @@ async fn contend(
 ) -> (Vec<Tenure>, usize) {
     let (mut tenures, mut lost) = (Vec::new(), 0);
     while Instant::now() < end {
-        let Ok(guard) = client.lock("disk").ttl(TTL).timeout(Duration::from_secs(5)).acquire().await else { continue };
+        let Ok(guard) = client.lock("disk").ttl(TTL_SHORT).timeout(Duration::from_secs(5)).acquire().await else {
+            continue;
+        };
         let token = guard.token();
         let acquired = since(start);
         let mut tenure = Tenure { holder: name.clone(), token, acquired, held: acquired };
