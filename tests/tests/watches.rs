@@ -184,10 +184,10 @@ async fn a_watch_that_begins_at_any_revision_continues_there_on_any_node() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_does_not_read_holds_nobody_up_and_takes_no_memory() {
     const SLOW: u64 = 16;
-    const STREAMS: usize = 10;
+    const STREAMS: usize = 20;
     const FAST_PER_STREAM: u64 = 100;
-    const PUTS: u64 = 200;
-    const VALUE_BYTES: usize = 128 << 10;
+    const PUTS: u64 = 100;
+    const VALUE_BYTES: usize = 256 << 10;
     /// What each slow one would have waiting: the values, and what they replaced.
     const BACKLOG_BYTES: u64 = PUTS * 2 * VALUE_BYTES as u64;
     let mut cluster = Cluster::start(1).await;
