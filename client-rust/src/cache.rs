@@ -305,13 +305,11 @@ impl Cache {
     }
 
     /// Every change from now on, in the order of revisions.
-    #[must_use]
     pub fn changes(&self) -> CacheChanges {
         self.view_and_changes().1
     }
 
     /// All keys, and every change after them.
-    #[must_use]
     pub fn view_and_changes(&self) -> (CacheView, CacheChanges) {
         // Under one lock, so that nothing comes between the view and the first change.
         let content = self.owner.local.content.read();

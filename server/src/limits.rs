@@ -224,7 +224,7 @@ const _: () = {
     assert!(HEARTBEATS_PER_ELECTION_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
     assert!(HEARTBEATS_PER_LEASE_MIN <= HEARTBEATS_PER_LEASE_DEFAULT);
     // The largest event, a large value over another one, and what frames it fit in the 4 MiB that stubs accept.
-    assert!(2 * REQUEST_BYTES_MAX + 4 * protocol::KEY_BYTES_MAX as usize + 1024 < 4 << 20);
+    assert!(2 * protocol::REQUEST_BYTES_MAX + 4 * protocol::KEY_BYTES_MAX + 1024 < 4 << 20);
     assert!(WATCH_FRAME_BYTES_MAX + 1024 < 4 << 20);
     assert!(WATCHES_PER_STREAM_MAX <= WATCHES_MAX);
     assert!(CALL_TIMEOUT_DEFAULT.as_millis() <= CALL_TIMEOUT_MAX.as_millis());

@@ -210,6 +210,9 @@ pub(crate) struct Break {
     pub(crate) how: How,
 }
 
+/// What somebody else does meanwhile.
+pub(crate) type Interference = Box<dyn FnOnce(&FakeStore) + Send>;
+
 /// How a node behaves; a test changes it while it runs.
 pub(crate) struct Script {
     pub(crate) header: v1::ResponseHeader,
@@ -228,7 +231,7 @@ pub(crate) struct Script {
     /// Keys of a page.
     pub(crate) page_keys: usize,
     /// Done once, right after the last page of a list was read: what happens between list and watch.
-    pub(crate) after_list: Option<Box<dyn FnOnce(&FakeStore) + Send>>,
+    pub(crate) after_list: Option<Interference>,
     /// Renewals are not answered.
     pub(crate) deaf: bool,
     /// Watches are taken and not answered.
@@ -239,6 +242,8 @@ pub(crate) struct Script {
     pub(crate) creates: Vec<v1::WatchCreate>,
     pub(crate) cancels: usize,
     pub(crate) lists: usize,
+    /// The lowest revision that each list asked for.
+    pub(crate) min_revisions: Vec<u64>,
     /// Events sent, repetitions included.
     pub(crate) sent: usize,
 }
@@ -291,6 +296,7 @@ impl StoreNode {
             creates: Vec::new(),
             cancels: 0,
             lists: 0,
+            min_revisions: Vec::new(),
             sent: 0,
         }));
         let service = Service { store: store.clone(), script: Arc::clone(&script) };
@@ -401,6 +407,9 @@ impl Service {
     fn page(&self, request: &v1::RangeRequest) -> Result<v1::RangeResponse, Status> {
         let read = request.read.unwrap_or_default();
         let applied = self.applied();
+        if read.revision == 0 {
+            self.script.lock().min_revisions.push(read.min_revision);
+        }
         if read.min_revision > applied {
             return Err(refusal(ErrorCode::Behind, applied).into());
         }

@@ -94,7 +94,7 @@ fn answer(renewals: Vec<Renewal>, renewed: Result<(Option<v1::ResponseHeader>, V
             // One time to live per lease: the state machine's contract.
             for (Renewal { lease, answer }, ttl_ms) in renewals.into_iter().zip(ttls) {
                 // Nobody may be waiting any more; so below.
-                let _ = answer.send(Ok(v1::LeaseRenewResponse { header: header.clone(), lease: lease.get(), ttl_ms }));
+                let _ = answer.send(Ok(v1::LeaseRenewResponse { header, lease: lease.get(), ttl_ms }));
             }
         }
         Err(error) => {

@@ -51,8 +51,7 @@ impl Delivery {
 
     /// Number of events.
     #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "it never is")]
-    pub fn len(&self) -> usize {
+    pub fn event_count(&self) -> usize {
         self.changes.len()
     }
 

@@ -5,7 +5,7 @@
 //! are bounded in bytes, and the oldest delivery of any goes first.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::Waker;
 use std::time::Duration;
@@ -72,6 +72,8 @@ pub(super) struct Shared {
     dispatched: AtomicU64,
     /// Counts the moments at which idle watches are told how far they are.
     bookmarks: AtomicU64,
+    /// Whether a watch waits that has not been told how far it is.
+    untold: AtomicBool,
     stopping: watch::Sender<bool>,
 }
 
@@ -110,6 +112,7 @@ impl Hub {
             live: Mutex::new(live),
             dispatched: AtomicU64::new(dispatched.get()),
             bookmarks: AtomicU64::new(0),
+            untold: AtomicBool::new(false),
             stopping: watch::channel(false).0,
         });
         tokio::spawn(dispatch_all(StopAtEnd(Arc::downgrade(&shared)), revisions, period));
@@ -194,6 +197,11 @@ impl Shared {
 
     pub(super) fn bookmarks(&self) -> u64 {
         self.bookmarks.load(Ordering::Acquire)
+    }
+
+    /// A watch waits that is further than it has been told: the next moment for bookmarks must come.
+    pub(super) fn wants_bookmark(&self) {
+        self.untold.store(true, Ordering::Release);
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -321,7 +329,7 @@ async fn dispatch_all(hub: StopAtEnd, mut revisions: watch::Receiver<Revision>, 
             _ = bookmarks.tick() => {
                 let Some(hub) = hub.0.upgrade() else { return };
                 let dispatched = hub.dispatched();
-                if dispatched != bookmarked {
+                if hub.untold.swap(false, Ordering::AcqRel) || dispatched != bookmarked {
                     hub.bookmark();
                     bookmarked = dispatched;
                 }

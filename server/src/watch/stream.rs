@@ -150,6 +150,9 @@ impl Watch {
             Next::Nothing => {
                 self.state = State::Following;
                 self.cursor = cursor;
+                if waits && cursor > told {
+                    hub.wants_bookmark();
+                }
                 if waits { Poll::Pending } else { Poll::Ready(self.bookmark()) }
             }
             Next::Behind => self.catch_up(context),
@@ -185,7 +188,7 @@ impl Watch {
         self.cursor = self.cursor.max(through);
         let Some(delivery) = delivery.map(Into::into) else { return self.bookmark() };
         self.told = self.told.max(delivery.last_revision());
-        self.hub.metrics.watch_events(delivery.len());
+        self.hub.metrics.watch_events(delivery.event_count());
         Some(Update::Events(delivery))
     }
 

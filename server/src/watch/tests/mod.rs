@@ -1,5 +1,6 @@
 //! Watches on a real state machine, judged against the list of everything that changed.
 
+mod compaction;
 mod fixture;
 mod random;
 mod refusals;
