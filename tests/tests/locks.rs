@@ -201,7 +201,8 @@ async fn who_wins_an_election_leads_alone_and_every_observer_sees_it() {
         .collect();
     // In the middle of it the leader of the cluster goes.
     let mut rounds = ended.subscribe();
-    rounds.wait_for(|ended| *ended >= CANDIDATES).await.unwrap();
+    let many = rounds.wait_for(|ended| *ended >= CANDIDATES);
+    tokio::time::timeout(wait::PATIENCE, many).await.expect("candidates lead one after the other").unwrap();
     let leader = cluster.leader(&[]).await;
     cluster.node_mut(leader).kill();
     let mut tenures = Vec::new();
