@@ -9,6 +9,7 @@
     reason = "test support: a failed step ends the test with a message"
 )]
 
+pub mod seed;
 pub mod wait;
 
 pub mod cluster;

@@ -17,6 +17,7 @@ use d_engine_tests::nemesis::{Schedule, torment};
 use d_engine_tests::network::{self, PrivateNetwork};
 use d_engine_tests::once::{self, Fate, Put, Tally};
 use d_engine_tests::puppet::Puppet;
+use d_engine_tests::seed::seed;
 use d_engine_tests::truth::{Change, Truth, View};
 use d_engine_tests::watched::Watched;
 use d_engine_tests::{wait, watchers};
@@ -170,8 +171,7 @@ fn code(status: &tonic::Status) -> Option<ErrorCode> {
 #[test]
 fn no_put_is_applied_twice_while_leaders_and_links_fail_and_answers_are_lost() {
     network::inside("no_put_is_applied_twice_while_leaders_and_links_fail_and_answers_are_lost", || async {
-        let seed = fastrand::u64(..1_000_000);
-        println!("seed {seed}");
+        let seed = seed();
         let mut cluster = proxied(Some(PrivateNetwork::lay(3))).await;
         let mut unknown = BTreeMap::new();
         for (sessions, seconds) in [(true, 9), (false, 4)] {
@@ -299,8 +299,7 @@ async fn register(node: &DirectNode, ttl_ms: u64) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn numbers_come_in_any_order_and_are_answered_as_the_first_time() {
     const CALLS: u64 = 64;
-    let seed = fastrand::u64(..1_000_000);
-    println!("seed {seed}");
+    let seed = seed();
     let mut rng = Rng::with_seed(seed);
     let mut cluster = Cluster::start(3).await;
     let node = leading(&cluster).await;

@@ -12,6 +12,7 @@ use d_engine_tests::direct::DirectNode;
 use d_engine_tests::lifetime::{Lifetime, Look, due};
 use d_engine_tests::nemesis::{Schedule, torment};
 use d_engine_tests::network::{self, PrivateNetwork};
+use d_engine_tests::seed::seed;
 use d_engine_tests::wait;
 use fastrand::Rng;
 use hdrhistogram::Histogram;
@@ -62,8 +63,7 @@ impl Scene {
 #[test]
 fn keys_live_as_long_as_promised_and_no_longer_while_leaders_and_links_fail() {
     network::inside("keys_live_as_long_as_promised_and_no_longer_while_leaders_and_links_fail", || async {
-        let seed = fastrand::u64(..1_000_000);
-        println!("seed {seed}");
+        let seed = seed();
         let network = Some(PrivateNetwork::lay(3));
         let mut cluster = Cluster::prepare(Shape { network, ..Shape::default() }).await;
         cluster.start_all().await;
@@ -208,8 +208,7 @@ async fn renew(client: &Client, key: &str, lease: Option<LeaseId>, ttl: Duration
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_read_finds_a_key_whose_time_is_over() {
     const KEYS: usize = 30;
-    let seed = fastrand::u64(..1_000_000);
-    println!("seed {seed}");
+    let seed = seed();
     let mut rng = Rng::with_seed(seed);
     // A calm leader: whoever else wants the processor must not depose it.
     let extra = "[raft.read_consistency]\nlease_duration_ms = 2000\n".to_owned();

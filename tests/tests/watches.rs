@@ -8,6 +8,7 @@ use d_engine_client::{Client, ErrorKind, KeyRange, Revision};
 use d_engine_proto::{ErrorCode, v1};
 use d_engine_tests::cluster::Cluster;
 use d_engine_tests::direct::DirectNode;
+use d_engine_tests::seed::seed;
 use d_engine_tests::truth::{Change, Held, State, Truth, View};
 use d_engine_tests::watched::{Assembler, Watched};
 use d_engine_tests::{wait, watchers};
@@ -121,8 +122,7 @@ fn client(cluster: &Cluster) -> Client {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_that_begins_at_any_revision_continues_there_on_any_node() {
     const CHANGES: u64 = 60;
-    let seed = fastrand::u64(..1_000_000);
-    println!("seed {seed}");
+    let seed = seed();
     let mut rng = Rng::with_seed(seed);
     let cluster = Cluster::start(3).await;
     let client = client(&cluster);
@@ -266,8 +266,7 @@ async fn compaction_leaves_a_watch_complete_or_tells_it_the_oldest_revision_left
     const PUTS: u64 = 900;
     const KEPT: u64 = 100;
     const COMPACT_EVERY: u64 = 150;
-    let seed = fastrand::u64(..1_000_000);
-    println!("seed {seed}");
+    let seed = seed();
     let mut rng = Rng::with_seed(seed);
     let cluster = Cluster::start(3).await;
     let client = client(&cluster);
