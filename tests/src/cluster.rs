@@ -12,6 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::direct::DirectNode;
 use crate::network::{End, PrivateNetwork};
 use crate::process::{Process, bound_to_this_thread, d_engine};
+use crate::proxy::Proxy;
 use crate::{http, wait};
 
 /// Clusters of one test program run one after the other: their timing matters more than the test's duration.
@@ -38,11 +39,13 @@ pub struct Shape {
     pub extra: String,
     /// A network in which links can be cut; without it the nodes share a loopback address.
     pub network: Option<PrivateNetwork>,
+    /// Whether clients reach the nodes only through proxies that can lose answers.
+    pub proxied: bool,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { nodes: 3, extra: String::new(), network: None }
+        Self { nodes: 3, extra: String::new(), network: None, proxied: false }
     }
 }
 
@@ -82,12 +85,19 @@ impl Cluster {
                     address: SocketAddr::from((ip, GRPC_PORT + port)),
                     http_address: SocketAddr::from((ip, HTTP_PORT + port)),
                     directory,
+                    proxy: None,
                     in_namespace: shape.network.is_some(),
                     environment: Vec::new(),
                     process: None,
                 }
             })
             .collect();
+        if shape.proxied {
+            let ip = if shape.network.is_some() { End::Clients.address() } else { loopback };
+            for node in &mut nodes {
+                node.proxy = Some(Proxy::start(ip, node.address).await);
+            }
+        }
         let members: Vec<(u32, SocketAddr)> = nodes.iter().map(|node| (node.id, node.address)).collect();
         for node in &mut nodes {
             node.write_config(&members, &shape.extra);
@@ -134,10 +144,11 @@ impl Cluster {
         self.network.as_ref()
     }
 
-    /// Where clients reach the nodes, as `host:port`.
+    /// Where clients reach the nodes, as `host:port`: through their proxies, if they have some.
     #[must_use]
     pub fn addresses(&self) -> Vec<String> {
-        self.nodes.iter().map(|node| node.address.to_string()).collect()
+        let address = |node: &Node| node.proxy.as_ref().map_or(node.address, Proxy::address).to_string();
+        self.nodes.iter().map(address).collect()
     }
 
     /// Where the cluster keeps its files.
@@ -219,6 +230,8 @@ pub struct Node {
     pub address: SocketAddr,
     /// Where it answers HTTP.
     pub http_address: SocketAddr,
+    /// What stands between it and clients, if the cluster was prepared so.
+    pub proxy: Option<Proxy>,
     directory: PathBuf,
     in_namespace: bool,
     environment: Vec<(String, OsString)>,
@@ -260,6 +273,7 @@ impl Node {
             "[cluster]\n\
              node_id = {id}\n\
              listen_address = \"{address}\"\n\
+             {advertise}\
              initial_cluster = [\n{members}\n]\n\
              db_root_dir = \"{data}\"\n\
              \n\
@@ -268,6 +282,10 @@ impl Node {
              \n{extra}\n",
             id = self.id,
             address = self.address,
+            advertise = self
+                .proxy
+                .as_ref()
+                .map_or_else(String::new, |proxy| format!("advertise_address = \"{}\"\n", proxy.address())),
             members = members.join("\n"),
             data = self.data().display(),
             http = self.http_address,

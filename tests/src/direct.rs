@@ -8,7 +8,8 @@ use bytes::Bytes;
 use d_engine_client::KeyRange;
 use d_engine_proto::v1::{
     self, Consistency, GetRequest, GetResponse, PutRequest, PutResponse, RangeRequest, ReadOptions, StatusRequest,
-    StatusResponse, cluster_client::ClusterClient, kv_client::KvClient,
+    StatusResponse, cluster_client::ClusterClient, kv_client::KvClient, lease_client::LeaseClient,
+    session_client::SessionClient, watch_client::WatchClient,
 };
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
@@ -86,7 +87,32 @@ impl DirectNode {
         Ok(ClusterClient::new(self.channel.clone()).status(self.timed(StatusRequest {})).await?.into_inner())
     }
 
-    fn timed<T>(&self, message: T) -> Request<T> {
+    /// The stubs of the store, for requests that the methods above do not make.
+    #[must_use]
+    pub fn kv(&self) -> KvClient<Channel> {
+        KvClient::new(self.channel.clone())
+    }
+
+    /// The stubs of leases.
+    #[must_use]
+    pub fn lease(&self) -> LeaseClient<Channel> {
+        LeaseClient::new(self.channel.clone())
+    }
+
+    /// The stubs of sessions.
+    #[must_use]
+    pub fn session(&self) -> SessionClient<Channel> {
+        SessionClient::new(self.channel.clone())
+    }
+
+    /// The stubs of watches.
+    #[must_use]
+    pub fn watch(&self) -> WatchClient<Channel> {
+        WatchClient::new(self.channel.clone())
+    }
+
+    /// A request with the deadline of this connection.
+    pub fn timed<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.set_timeout(self.deadline);
         request

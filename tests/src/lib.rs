@@ -9,6 +9,7 @@
     reason = "test support: a failed step ends the test with a message"
 )]
 
+pub mod seed;
 pub mod wait;
 
 pub mod cluster;
@@ -19,9 +20,18 @@ pub mod http;
 pub mod nemesis;
 pub mod network;
 pub mod process;
+pub mod proxy;
+pub mod puppet;
 pub mod steady;
 pub mod transcript;
 pub mod workload;
+
+pub mod lifetime;
+pub mod once;
+pub mod resource;
+pub mod truth;
+pub mod watched;
+pub mod watchers;
 
 pub mod licences;
 pub mod tidy;

@@ -117,9 +117,14 @@ impl Process {
     }
 
     fn signal(&self, signal: Signal) {
-        let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("process ids are positive");
-        kill_process(id, signal).expect("a child can be signalled");
+        send(&self.child, signal);
     }
+}
+
+/// Sends a signal to a child that was not waited for.
+pub(crate) fn send(child: &Child, signal: Signal) {
+    let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("process ids are positive");
+    kill_process(id, signal).expect("a child can be signalled");
 }
 
 impl Drop for Process {

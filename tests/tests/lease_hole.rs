@@ -126,7 +126,7 @@ fn a_restarted_voter_does_not_shorten_a_lease() {
     network::inside("a_restarted_voter_does_not_shorten_a_lease", || async {
         let extra = format!("[raft.read_consistency]\nlease_duration_ms = {}\n", LEASE.as_millis());
         let network = Some(PrivateNetwork::lay(3));
-        let mut cluster = Cluster::prepare(Shape { nodes: 3, extra, network }).await;
+        let mut cluster = Cluster::prepare(Shape { nodes: 3, extra, network, ..Shape::default() }).await;
         cluster.start_all().await;
         for round in 0..4 {
             let old = cluster.leader(&[]).await;

@@ -3,13 +3,16 @@
 //!
 //! libfaketime shifts what a node's process reads as the time of day by the offset in a file, and leaves the monotonic
 //! clocks alone, as a step by an operator or a time server does.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step ends the test")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
+use d_engine_client::Client;
+use d_engine_proto::v1::Consistency;
 use d_engine_tests::cluster::{Cluster, Node, Shape};
+use d_engine_tests::lifetime::{Lifetime, Look};
 use d_engine_tests::steady::{self, Steady};
 use d_engine_tests::wait;
 
@@ -19,21 +22,7 @@ const HOUR: i64 = 3600;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wall_clock_stepped_by_an_hour_both_ways_changes_nothing() {
-    let library = libfaketime();
-    let extra = format!("[raft.read_consistency]\nlease_duration_ms = {}\n", LEASE.as_millis());
-    let mut cluster = Cluster::prepare(Shape { extra, ..Shape::default() }).await;
-    let offsets: Vec<PathBuf> = (1..=3).map(|id| cluster.directory().join(format!("n{id}/wall-clock"))).collect();
-    for (id, offset) in (1..).zip(&offsets) {
-        step(offset, 0);
-        let node = cluster.node_mut(id);
-        node.set_environment("LD_PRELOAD", &library);
-        node.set_environment("FAKETIME_TIMESTAMP_FILE", offset);
-        node.set_environment("FAKETIME_NO_CACHE", "1");
-        node.set_environment("FAKETIME_DONT_FAKE_MONOTONIC", "1");
-        // Lines that come all the time, to see the node's wall clock by.
-        node.set_environment("D_ENGINE_LOG", "info,[tick]=debug");
-    }
-    cluster.start_all().await;
+    let (mut cluster, offsets) = with_wall_clocks().await;
     let before = cluster.reign().await;
     let mut steady = Steady::start(cluster.node(before.leader).direct(wait::PATIENCE)).await;
     for id in [before.leader, before.leader % 3 + 1] {
@@ -52,6 +41,61 @@ async fn a_wall_clock_stepped_by_an_hour_both_ways_changes_nothing() {
         assert_eq!(steady::last_write(&node.direct(wait::PATIENCE)).await, written, "node {}", node.id);
     }
     cluster.check_alive();
+}
+
+/// Nor does it end a lease early, or keep it: the time to live is the monotonic clock's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_lasts_its_time_whatever_the_wall_clock_says() {
+    const TTL: Duration = Duration::from_secs(2);
+    // What a busy machine may add.
+    const MARGIN: Duration = Duration::from_secs(5);
+    let (cluster, offsets) = with_wall_clocks().await;
+    let client = Client::builder().endpoints(cluster.addresses()).build().unwrap();
+    for hours in [1, -1] {
+        let reign = cluster.reign().await;
+        let leader = cluster.node(reign.leader);
+        let start = Instant::now();
+        let key = format!("key {hours}");
+        let lease = client.grant_lease(TTL).await.unwrap().lease;
+        client.put(&key, "").lease(lease).await.unwrap();
+        let mut lifetime = Lifetime { key: key.clone(), promised_until: TTL, ..Lifetime::default() };
+        lifetime.due = Some(start.elapsed() + TTL + MARGIN);
+        for offset in &offsets {
+            step(offset, hours * HOUR);
+        }
+        let node = leader.direct(wait::PATIENCE);
+        let mut gone = 0;
+        while gone < 10 {
+            let begun = start.elapsed();
+            let answer = node.get(&key, Consistency::Lease, 0).await.unwrap();
+            let (ended, there) = (start.elapsed(), answer.kv.is_some());
+            lifetime.looks.push(Look { begun, ended, there, how: format!("{hours} h") });
+            gone += usize::from(!there);
+            lifetime.judge().unwrap_or_else(|wrong| panic!("{wrong}"));
+        }
+        is_logged(leader, hours * HOUR).await;
+        assert_eq!(cluster.reign().await, reign, "{hours} h");
+    }
+}
+
+/// A cluster whose nodes have wall clocks of their own, each with the file that says how far it is ahead.
+async fn with_wall_clocks() -> (Cluster, Vec<PathBuf>) {
+    let library = libfaketime();
+    let extra = format!("[raft.read_consistency]\nlease_duration_ms = {}\n", LEASE.as_millis());
+    let mut cluster = Cluster::prepare(Shape { extra, ..Shape::default() }).await;
+    let offsets: Vec<PathBuf> = (1..=3).map(|id| cluster.directory().join(format!("n{id}/wall-clock"))).collect();
+    for (id, offset) in (1..).zip(&offsets) {
+        step(offset, 0);
+        let node = cluster.node_mut(id);
+        node.set_environment("LD_PRELOAD", &library);
+        node.set_environment("FAKETIME_TIMESTAMP_FILE", offset);
+        node.set_environment("FAKETIME_NO_CACHE", "1");
+        node.set_environment("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        // Lines that come all the time, to see the node's wall clock by.
+        node.set_environment("D_ENGINE_LOG", "info,[tick]=debug");
+    }
+    cluster.start_all().await;
+    (cluster, offsets)
 }
 
 /// Sets a node's wall clock to be `offset` seconds ahead of the machine's.

@@ -1,11 +1,12 @@
 //! The fault test: random operations from many clients on a cluster of real processes, while a seeded adversary kills
-//! and stops nodes and cuts links; then the judge decides whether the history is linearizable.
+//! and stops nodes and cuts links; then the judge decides whether the history is linearizable, and whether each of many
+//! watches and caches saw exactly what happened to the store.
 //!
 //! Long runs are made of episodes on the same cluster, each judged by itself. Exits with 1 on a violation and keeps
 //! the files that show it.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step ends the test")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,13 +17,15 @@ use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::history::{self, Operation, Outcome};
 use d_engine_tests::nemesis::{Schedule, torment};
 use d_engine_tests::network::{self, PrivateNetwork};
+use d_engine_tests::truth::Truth;
+use d_engine_tests::watchers::{Findings, Watchers};
 use d_engine_tests::workload::{CALL_TIMEOUT, Keys, Worker};
 use fastrand::Rng;
 
 const NODES: u32 = 3;
 const CLIENTS: usize = 8;
 
-/// Fault test on real processes, judged for linearizability.
+/// Fault test on real processes, judged for linearizability and for what watches deliver.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// How long to put load on the cluster.
@@ -75,6 +78,7 @@ async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
 
 struct History {
     operations: Vec<Operation>,
+    watched: Result<Findings, String>,
     late: Vec<String>,
     faults: BTreeMap<&'static str, usize>,
     time: Duration,
@@ -87,8 +91,10 @@ async fn one_episode(
     episode: usize,
     end: Instant,
 ) -> History {
+    let prefix = format!("episode-{episode}");
+    let keys = Arc::new(Keys::new(&prefix));
+    let watchers = Watchers::start(cluster, &prefix, &keys.used()[0], &mut rng).await;
     let start = Instant::now();
-    let keys = Arc::new(Keys::new(&format!("episode-{episode}")));
     let worker = |cluster: &Cluster, number: usize, rng: Rng| {
         let client = Client::builder().endpoints(cluster.addresses()).call_timeout(CALL_TIMEOUT).build().unwrap();
         let nodes = cluster.nodes().iter().map(|node| node.direct(CALL_TIMEOUT)).collect();
@@ -99,16 +105,48 @@ async fn one_episode(
     let say = |text: &str| println!("  {:>6.1} s  {text}", start.elapsed().as_secs_f64());
     let faults = torment(cluster, schedule, end, say).await;
 
-    let mut history = History { operations: Vec::new(), late: Vec::new(), faults, time: start.elapsed() };
+    let time = start.elapsed();
+    let (mut operations, mut late) = (Vec::new(), Vec::new());
     for task in load {
         let work = task.await.unwrap();
-        history.operations.extend(work.operations);
-        history.late.extend(work.late);
+        operations.extend(work.operations);
+        late.extend(work.late);
     }
     let last = worker(cluster, CLIENTS, rng).read_all().await;
-    history.operations.extend(last.operations);
-    history.late.extend(last.late);
-    history
+    operations.extend(last.operations);
+    late.extend(last.late);
+    History { operations, watched: watchers.judge().await, late, faults, time }
+}
+
+/// Whether what callers were told of their writes is what happened to the store.
+fn told_truly(operations: &[Operation], truth: &Truth) -> Result<(), String> {
+    let mut values: BTreeMap<(u64, &[u8]), Option<&[u8]>> = BTreeMap::new();
+    let mut written: BTreeSet<&[u8]> = BTreeSet::new();
+    for change in truth.changes() {
+        let value = change.after.as_ref().map(|after| &after.value[..]);
+        values.insert((change.revision, &change.key), value);
+        if value.is_some_and(|value| !written.insert(value)) {
+            return Err(format!("{:?} was written twice, again at revision {}", change.after, change.revision));
+        }
+    }
+    for operation in operations {
+        for (key, value) in &operation.write {
+            let value = value.as_ref().map(String::as_bytes);
+            let found = values.get(&(operation.revision, key.as_bytes()));
+            // A deletion that found nothing left no trace, nor did a comparison that failed.
+            let acknowledged = operation.outcome == Outcome::Ok && operation.succeeded;
+            let without_trace = value.is_none() && !matches!(operation.observed.get(key), Some(Some(_)));
+            if acknowledged && !without_trace && found != Some(&value) {
+                return Err(format!("{operation:?} was acknowledged, and the history has {found:?}"));
+            }
+            let refused =
+                operation.outcome == Outcome::NotApplied || !operation.succeeded && operation.outcome == Outcome::Ok;
+            if refused && value.is_some_and(|value| written.contains(value)) {
+                return Err(format!("{operation:?} was not applied, and the history has its value"));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn judge(cluster: &Cluster, history: &History) -> Result<(), String> {
@@ -122,6 +160,13 @@ fn judge(cluster: &Cluster, history: &History) -> Result<(), String> {
     println!("  not applied {}, unknown {}", count(Outcome::NotApplied), count(Outcome::Unknown));
     println!("  faults {:?}", history.faults);
 
+    let findings = history.watched.as_ref().map_err(|wrong| format!("watches: {wrong}"))?;
+    println!(
+        "  {} watches saw {} changes and {} bookmarks, resumed {} times; {} caches are as the store",
+        findings.watches, findings.amount.changes, findings.amount.bookmarks, findings.amount.resumed, findings.caches
+    );
+    let told = told_truly(&history.operations, &findings.truth);
+
     let path = cluster.directory().join("history.jsonl");
     history::write(&path, &history.operations).map_err(|error| format!("{}: {error}", path.display()))?;
     let exe = std::env::current_exe().map_err(|error| error.to_string())?;
@@ -134,6 +179,7 @@ fn judge(cluster: &Cluster, history: &History) -> Result<(), String> {
     if !verdict.success() {
         return Err(format!("the judge says no, see {}", path.display()));
     }
+    told?;
     if let Some(late) = history.late.first() {
         return Err(format!("{} calls ran past their deadline, such as: {late}", history.late.len()));
     }
