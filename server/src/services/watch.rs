@@ -329,7 +329,7 @@ async fn cut_off(engine: Engine) {
             Err(_) => return,
         }
     }
-    future::pending().await
+    future::pending::<()>().await;
 }
 
 fn stream_error(error: WatchError) -> Status {

@@ -91,7 +91,7 @@ fn check(tally: &Tally, holds: bool, otherwise: &str) {
 struct Holder {
     child: Child,
     input: ChildStdin,
-    lines: mpsc::UnboundedReceiver<String>,
+    lines: mpsc::Receiver<String>,
 }
 
 impl Holder {
@@ -101,9 +101,9 @@ impl Holder {
         command.arg(HOLDER).args(endpoints).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let (sender, lines) = mpsc::unbounded_channel();
+        let (sender, lines) = mpsc::channel(16);
         std::thread::spawn(move || {
-            BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+            BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.blocking_send(line))
         });
         Self { child, input, lines }
     }
