@@ -180,7 +180,7 @@ async fn one_stream(node: &DirectNode, watched: &mut Watched, goal: &mut Goal) -
         }
         let through = delivery.through;
         watched.deliveries.push(delivery);
-        if watched.deliveries.len() % LOOK_EVERY == 0 {
+        if watched.deliveries.len().is_multiple_of(LOOK_EVERY) {
             readable(node, through).await?;
         }
     }

@@ -1,6 +1,12 @@
 //! Watches on real clusters: resumed anywhere they continue there, slow ones cost nobody anything, and compaction ends
 //! only those it must. What faults do to watches is shown by `d-engine-faults`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a failed step ends the test; its numbers are small"
+)]
 
 use std::time::{Duration, Instant};
 

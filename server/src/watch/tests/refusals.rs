@@ -75,7 +75,7 @@ async fn a_hub_that_is_dropped_lets_go_of_the_store() {
     drop((kv, hub));
     within(async {
         while left.upgrade().is_some() {
-            tokio::task::yield_now().await
+            tokio::task::yield_now().await;
         }
     })
     .await;
