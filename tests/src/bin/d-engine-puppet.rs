@@ -44,7 +44,7 @@ async fn obey(client: &Client, guard: &mut Option<LockGuard>, order: &str) {
                 match put.await {
                     Ok(answer) => println!("put acknowledged {}", answer.header.revision),
                     Err(error) if error.outcome() == Outcome::NotApplied => {
-                        println!("put not-applied {}", error.kind().name())
+                        println!("put not-applied {}", error.kind().name());
                     }
                     Err(error) => println!("put unknown {}", error.kind().name()),
                 }
