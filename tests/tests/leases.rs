@@ -291,7 +291,7 @@ async fn ten_thousand_leases_that_end_at_once_hold_nobody_up() {
         let sent = Instant::now();
         client.put("meanwhile", "").await.unwrap();
         let latencies = if sent < end { &mut before } else { &mut during };
-        latencies.record(sent.elapsed().as_micros() as u64).unwrap();
+        latencies.record(u64::try_from(sent.elapsed().as_micros()).unwrap()).unwrap();
     }
     let now = Instant::now();
     assert_eq!(count().await, 0, "what is due is read");
