@@ -23,7 +23,7 @@ use prost::Message;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
-use ErrorCode::{Behind, FutureRevision, InvalidArgument, NotLeader, ResourceExhausted, Unsupported};
+use ErrorCode::{Behind, FutureRevision, InvalidArgument, LeaseNotFound, NotLeader, ResourceExhausted};
 
 const KEY_MAX: usize = limits::KEY_BYTES_MAX as usize;
 const REQUEST_MAX: usize = limits::REQUEST_BYTES_MAX as usize;
@@ -232,12 +232,12 @@ fn forbidden(revision: u64) -> Vec<(&'static str, Ask, ErrorCode)> {
             FutureRevision,
         ),
         ("a minimum revision out of reach", Ask::Get(get("k", ReadOptions { min_revision: u64::MAX, ..read })), Behind),
-        ("a put with an unknown lease", Ask::Put(PutRequest { lease: 7, ..put("k", "v") }), Unsupported),
-        ("a swap with an unknown lease", Ask::Swap(CompareAndSwapRequest { lease: 7, ..swap }), Unsupported),
+        ("a put with an unknown lease", Ask::Put(PutRequest { lease: 7, ..put("k", "v") }), LeaseNotFound),
+        ("a swap with an unknown lease", Ask::Swap(CompareAndSwapRequest { lease: 7, ..swap }), LeaseNotFound),
         (
             "an unknown lease in a transaction",
             Ask::Txn(nested_put(PutRequest { lease: 7, ..put("k", "v") })),
-            Unsupported,
+            LeaseNotFound,
         ),
     ]
 }

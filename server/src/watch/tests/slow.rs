@@ -7,10 +7,10 @@ use super::validator::Validator;
 use super::within;
 use crate::watch::{HubSettings, Lane, Update};
 
-const FAST: usize = 3000;
+const FAST: usize = 10_000;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_slow_watch_among_thousands_of_fast_ones_holds_up_nobody_and_loses_nothing() {
+async fn one_slow_watch_among_ten_thousand_fast_ones_holds_up_nobody_and_loses_nothing() {
     let settings = HubSettings { watches_max: FAST + 1, ..tiny() };
     let bytes_max = settings.window_bytes_max;
     let mut fixture = Fixture::new(settings, 8 << 10);
