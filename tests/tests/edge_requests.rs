@@ -233,7 +233,11 @@ fn forbidden(revision: u64) -> Vec<(&'static str, Ask, ErrorCode)> {
         ),
         ("a minimum revision out of reach", Ask::Get(get("k", ReadOptions { min_revision: u64::MAX, ..read })), Behind),
         ("a put with an unknown lease", Ask::Put(PutRequest { lease: 7, ..put("k", "v") }), LeaseNotFound),
-        ("a swap with an unknown lease", Ask::Swap(CompareAndSwapRequest { lease: 7, ..swap }), LeaseNotFound),
+        (
+            "a swap with an unknown lease",
+            Ask::Swap(CompareAndSwapRequest { lease: 7, key: "fresh".into(), ..swap }),
+            LeaseNotFound,
+        ),
         (
             "an unknown lease in a transaction",
             Ask::Txn(nested_put(PutRequest { lease: 7, ..put("k", "v") })),
