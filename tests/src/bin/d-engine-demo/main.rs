@@ -45,7 +45,7 @@ async fn run() -> ExitCode {
     let tally = Arc::new(Tally::default());
     let leader = cluster.leader(&[]).await;
     let mirror = Mirror::start(cluster.node(leader).address.to_string()).await;
-    println!("two watchers mirror the store from its first revision on, at node {leader}, the leader");
+    println!("two watchers mirror the store from its first revision on");
     let bar = bar(entries.len() as u64, "loading");
     let loading = Instant::now();
     let load = Load::start(&client, &entries, &tally, &bar);
@@ -53,6 +53,7 @@ async fn run() -> ExitCode {
     let part = |tenths: usize| entries.len() * tenths / 10;
     load.reaches(part(3)).await;
     let leader = cluster.leader(&[]).await;
+    let mut away = vec![leader];
     cluster.node_mut(leader).kill();
     tally.lost_leader("kill");
     say(&bar, &format!("killed node {leader}, the leader"));
@@ -69,6 +70,16 @@ async fn run() -> ExitCode {
     load.reaches(part(9)).await;
     cluster.node_mut(leader).process().resume();
     say(&bar, &format!("node {leader} is back"));
+
+    away.push(leader);
+
+    // So that every watcher has lost its node, wherever it was.
+    for id in cluster.nodes().iter().map(|node| node.id).filter(|id| !away.contains(id)).collect::<Vec<_>>() {
+        cluster.node_mut(id).stop().await;
+        cluster.node_mut(id).start();
+        cluster.node_mut(id).ready().await;
+        say(&bar, &format!("restarted node {id}, so that each has been away"));
+    }
 
     load.finish().await;
     let loading = loading.elapsed();

@@ -33,9 +33,9 @@ pub(crate) struct Reflection {
 }
 
 impl Mirror {
-    /// Starts both at the node of this address, so that it is known what they have to survive.
+    /// Starts both, most likely at the node of this address: the only one their client is told of.
     pub(crate) async fn start(address: String) -> Self {
-        // It knows no other node yet; and the second watch shares the stream of the first.
+        // The second watch shares the stream of the first.
         let client = Client::builder().endpoints([address]).call_timeout(CALL_TIMEOUT).build().unwrap();
         let mut stream = client.watch_range(KeyRange::all()).from(Revision(1)).await.unwrap();
         let cache = client.cache(KeyRange::all()).await.unwrap();
