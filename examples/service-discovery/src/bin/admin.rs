@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use d_engine_client::{Client, LeaseKeeper};
+use d_engine_client::{Client, ErrorKind, LeaseKeeper};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Registers instances of services
@@ -98,7 +98,7 @@ async fn stay_registered(client: &Client, key: &str, endpoint: &str, ttl: Durati
     let mut asked = std::pin::pin!(asked_to_end());
     loop {
         let lease = tokio::select! {
-            lease = register(client, key, endpoint, ttl) => lease,
+            lease = register(client, key, endpoint, ttl) => lease?,
             asked = &mut asked => return asked,
         };
         println!("registered {key} = {endpoint}, for as long as this program runs");
@@ -114,8 +114,13 @@ async fn stay_registered(client: &Client, key: &str, endpoint: &str, ttl: Durati
     }
 }
 
-/// Registers, however long it takes to reach the cluster.
-async fn register(client: &Client, key: &str, endpoint: &str, ttl: Duration) -> LeaseKeeper {
+/// Registers, however long it takes to reach the cluster. What is wrong with the request itself no waiting mends.
+async fn register(
+    client: &Client,
+    key: &str,
+    endpoint: &str,
+    ttl: Duration,
+) -> Result<LeaseKeeper, d_engine_client::Error> {
     loop {
         let attempt = async {
             let lease = client.keep_lease(ttl).await?;
@@ -123,7 +128,8 @@ async fn register(client: &Client, key: &str, endpoint: &str, ttl: Duration) -> 
             Ok::<_, d_engine_client::Error>(lease)
         };
         match attempt.await {
-            Ok(lease) => return lease,
+            Ok(lease) => return Ok(lease),
+            Err(error) if error.kind() == ErrorKind::InvalidArgument => return Err(error),
             Err(error) => eprintln!("admin: not registered yet: {error}"),
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
