@@ -256,6 +256,8 @@ pub mod limits {
     pub const LEASE_TTL_MS_MAX: u64 = 31536000000;
     /// Shortest time to live of a lease or of a key, in milliseconds.
     pub const LEASE_TTL_MS_MIN: u64 = 100;
+    /// Bytes of the operations, or of the answers, in one message of a pipeline, unless a single one is larger.
+    pub const PIPELINE_BATCH_BYTES_MAX: u64 = 1048576;
     /// Bytes of one page of a range; a longer result continues on the next page.
     pub const RANGE_PAGE_BYTES_MAX: u64 = 1048576;
     /// Keys of one page of a range; a longer result continues on the next page.

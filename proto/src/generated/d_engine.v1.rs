@@ -147,6 +147,20 @@ pub struct ErrorDetail {
     #[prost(uint64, tag = "6")]
     pub revision: u64,
 }
+/// The span that a call belongs to, in the terms of W3C Trace Context. Unary calls carry it in the standard header
+/// `traceparent`.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TraceContext {
+    /// 16 bytes, not all zero.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub trace_id: ::prost::bytes::Bytes,
+    /// 8 bytes, not all zero.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub span_id: ::prost::bytes::Bytes,
+    /// trace-flags; bit 0: sampled.
+    #[prost(uint32, tag = "3")]
+    pub flags: u32,
+}
 /// What became of the request that an error answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -2820,6 +2834,9 @@ pub struct Command {
     /// Tells the command from another one under the same sequence; with `session`.
     #[prost(fixed64, tag = "17")]
     pub payload_hash: u64,
+    /// The span under which it is applied, if somebody wants to know. Has no part in the hash and no effect.
+    #[prost(message, optional, tag = "18")]
+    pub trace: ::core::option::Option<TraceContext>,
     #[prost(oneof = "command::Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub command: ::core::option::Option<command::Command>,
 }
@@ -3603,6 +3620,398 @@ pub mod peer_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "d_engine.v1.Peer";
     impl<T> tonic::server::NamedService for PeerServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OperationBatch {
+    #[prost(message, repeated, tag = "1")]
+    pub operations: ::prost::alloc::vec::Vec<Operation>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Operation {
+    /// Chosen by the client, not 0, unique among the stream's operations in flight.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Remaining time in microseconds; 0: the server's default.
+    #[prost(uint64, tag = "2")]
+    pub timeout_us: u64,
+    #[prost(message, optional, tag = "3")]
+    pub trace: ::core::option::Option<TraceContext>,
+    #[prost(
+        oneof = "operation::Request",
+        tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23"
+    )]
+    pub request: ::core::option::Option<operation::Request>,
+}
+/// Nested message and enum types in `Operation`.
+pub mod operation {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Request {
+        /// Of the operation with this id, which has one answer all the same: its own, or an error with the code CANCELLED
+        /// and what became of it.
+        #[prost(message, tag = "4")]
+        Cancel(super::CancelOperation),
+        #[prost(message, tag = "5")]
+        Put(super::PutRequest),
+        #[prost(message, tag = "6")]
+        Get(super::GetRequest),
+        #[prost(message, tag = "7")]
+        GetMany(super::GetManyRequest),
+        #[prost(message, tag = "8")]
+        Range(super::RangeRequest),
+        #[prost(message, tag = "9")]
+        Delete(super::DeleteRequest),
+        #[prost(message, tag = "10")]
+        DeleteRange(super::DeleteRangeRequest),
+        #[prost(message, tag = "11")]
+        CompareAndSwap(super::CompareAndSwapRequest),
+        #[prost(message, tag = "12")]
+        Txn(super::TxnRequest),
+        #[prost(message, tag = "13")]
+        LeaseGrant(super::LeaseGrantRequest),
+        #[prost(message, tag = "14")]
+        LeaseRevoke(super::LeaseRevokeRequest),
+        #[prost(message, tag = "15")]
+        LeaseRenew(super::LeaseRenewRequest),
+        #[prost(message, tag = "16")]
+        LeaseTimeToLive(super::LeaseTimeToLiveRequest),
+        #[prost(message, tag = "17")]
+        LeaseList(super::LeaseListRequest),
+        #[prost(message, tag = "18")]
+        SessionRegister(super::SessionRegisterRequest),
+        #[prost(message, tag = "19")]
+        SessionRenew(super::SessionRenewRequest),
+        #[prost(message, tag = "20")]
+        SessionClose(super::SessionCloseRequest),
+        #[prost(message, tag = "21")]
+        Compact(super::CompactRequest),
+        #[prost(message, tag = "22")]
+        Members(super::MembersRequest),
+        #[prost(message, tag = "23")]
+        Status(super::StatusRequest),
+    }
+}
+/// Advice: an operation that cannot be taken back any more is answered as if nothing had been said.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CancelOperation {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AnswerBatch {
+    #[prost(message, repeated, tag = "1")]
+    pub answers: ::prost::alloc::vec::Vec<Answer>,
+    /// The server is stopping: whoever begins a new operation should do so elsewhere, and end its half of the stream.
+    /// What the server has received, it answers.
+    #[prost(bool, tag = "2")]
+    pub draining: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Answer {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(
+        oneof = "answer::Reply",
+        tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23"
+    )]
+    pub reply: ::core::option::Option<answer::Reply>,
+}
+/// Nested message and enum types in `Answer`.
+pub mod answer {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Reply {
+        #[prost(message, tag = "4")]
+        Error(super::OperationError),
+        #[prost(message, tag = "5")]
+        Put(super::PutResponse),
+        #[prost(message, tag = "6")]
+        Get(super::GetResponse),
+        #[prost(message, tag = "7")]
+        GetMany(super::GetManyResponse),
+        #[prost(message, tag = "8")]
+        Range(super::RangeResponse),
+        #[prost(message, tag = "9")]
+        Delete(super::DeleteResponse),
+        #[prost(message, tag = "10")]
+        DeleteRange(super::DeleteRangeResponse),
+        #[prost(message, tag = "11")]
+        CompareAndSwap(super::CompareAndSwapResponse),
+        #[prost(message, tag = "12")]
+        Txn(super::TxnResponse),
+        #[prost(message, tag = "13")]
+        LeaseGrant(super::LeaseGrantResponse),
+        #[prost(message, tag = "14")]
+        LeaseRevoke(super::LeaseRevokeResponse),
+        #[prost(message, tag = "15")]
+        LeaseRenew(super::LeaseRenewResponse),
+        #[prost(message, tag = "16")]
+        LeaseTimeToLive(super::LeaseTimeToLiveResponse),
+        #[prost(message, tag = "17")]
+        LeaseList(super::LeaseListResponse),
+        #[prost(message, tag = "18")]
+        SessionRegister(super::SessionRegisterResponse),
+        #[prost(message, tag = "19")]
+        SessionRenew(super::SessionRenewResponse),
+        #[prost(message, tag = "20")]
+        SessionClose(super::SessionCloseResponse),
+        #[prost(message, tag = "21")]
+        Compact(super::CompactResponse),
+        #[prost(message, tag = "22")]
+        Members(super::MembersResponse),
+        #[prost(message, tag = "23")]
+        Status(super::StatusResponse),
+    }
+}
+/// What a unary call tells by its status.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OperationError {
+    #[prost(message, optional, tag = "1")]
+    pub detail: ::core::option::Option<ErrorDetail>,
+    /// For people.
+    #[prost(string, tag = "2")]
+    pub message: ::prost::alloc::string::String,
+}
+/// Generated client implementations.
+pub mod pipeline_client {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
+    #[derive(Debug, Clone)]
+    pub struct PipelineClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl PipelineClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> PipelineClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> PipelineClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<<T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody>,
+                >,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            PipelineClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Both sides put what is waiting into one message and wait for nothing more. A server that has enough in flight
+        /// reads no further until some is answered.
+        pub async fn exchange(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::OperationBatch>,
+        ) -> std::result::Result<tonic::Response<tonic::codec::Streaming<super::AnswerBatch>>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Pipeline/Exchange");
+            let mut req = request.into_streaming_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Pipeline", "Exchange"));
+            self.inner.streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+#[cfg(feature = "server")]
+pub mod pipeline_server {
+    #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with PipelineServer.
+    #[async_trait]
+    pub trait Pipeline: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the Exchange method.
+        type ExchangeStream: tonic::codegen::tokio_stream::Stream<Item = std::result::Result<super::AnswerBatch, tonic::Status>>
+            + std::marker::Send
+            + 'static;
+        /// Both sides put what is waiting into one message and wait for nothing more. A server that has enough in flight
+        /// reads no further until some is answered.
+        async fn exchange(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::OperationBatch>>,
+        ) -> std::result::Result<tonic::Response<Self::ExchangeStream>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct PipelineServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> PipelineServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for PipelineServer<T>
+    where
+        T: Pipeline,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/d_engine.v1.Pipeline/Exchange" => {
+                    #[allow(non_camel_case_types)]
+                    struct ExchangeSvc<T: Pipeline>(pub Arc<T>);
+                    impl<T: Pipeline> tonic::server::StreamingService<super::OperationBatch> for ExchangeSvc<T> {
+                        type Response = super::AnswerBatch;
+                        type ResponseStream = T::ExchangeStream;
+                        type Future = BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::OperationBatch>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Pipeline>::exchange(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ExchangeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(tonic::Status::GRPC_STATUS, (tonic::Code::Unimplemented as i32).into());
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
+            }
+        }
+    }
+    impl<T> Clone for PipelineServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "d_engine.v1.Pipeline";
+    impl<T> tonic::server::NamedService for PipelineServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -92,7 +92,7 @@ pub(super) fn encode(mut command: v1::Command) -> Bytes {
     command.encode_raw(&mut bytes);
     let payload_hash = payload_hash(&bytes);
     // The encodings of two parts of a message, one behind the other, are the encoding of the whole.
-    v1::Command { command: None, session: Some(session), payload_hash }.encode_raw(&mut bytes);
+    v1::Command { command: None, session: Some(session), payload_hash, trace: None }.encode_raw(&mut bytes);
     bytes.into()
 }
 
@@ -115,7 +115,7 @@ mod tests {
 
     fn proposed(mut change: Change) -> v1::Command {
         let session = take_session(&mut change);
-        v1::Command::decode(encode(v1::Command { command: Some(change), session, payload_hash: 0 })).unwrap()
+        v1::Command::decode(encode(v1::Command { command: Some(change), session, ..v1::Command::default() })).unwrap()
     }
 
     #[test]

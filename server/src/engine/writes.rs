@@ -98,7 +98,7 @@ impl Engine {
             return Err(EngineError::LeasesDisabled);
         }
         let session = sessions::take_session(&mut change);
-        let command = v1::Command { command: Some(change), session, payload_hash: 0 };
+        let command = v1::Command { command: Some(change), session, ..v1::Command::default() };
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
         if Deadline::now() >= deadline {

@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 const PACKAGE: &str = "/d_engine.v1.";
 
 /// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
-const METHODS: [&str; 21] = [
+const METHODS: [&str; 22] = [
     "Cluster/Members",
     "Cluster/Status",
     "Kv/CompareAndSwap",
@@ -34,6 +34,7 @@ const METHODS: [&str; 21] = [
     "Lease/Revoke",
     "Lease/TimeToLive",
     "Maintenance/Compact",
+    "Pipeline/Exchange",
     "Session/Close",
     "Session/Register",
     "Session/Renew",

@@ -147,7 +147,7 @@ impl TryFrom<v1::Command> for Proposal {
 
     fn try_from(proposed: v1::Command) -> Result<Self, KvError> {
         rules::validate(&proposed)?;
-        let v1::Command { command, session, payload_hash } = proposed;
+        let v1::Command { command, session, payload_hash, trace: _ } = proposed;
         let call = session.map(|v1::SessionCall { session, sequence, acknowledged_through }| Call {
             session: SessionId(session),
             sequence,

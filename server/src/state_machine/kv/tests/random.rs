@@ -98,7 +98,7 @@ fn command(rng: &mut Rng, index: u64) -> v1::Command {
         },
     };
     let session = (rng.u32(..3) == 0).then(|| session_call(rng, index));
-    v1::Command { command: Some(command), session, payload_hash: u64::from(rng.u32(..8) == 0) }
+    v1::Command { command: Some(command), session, payload_hash: u64::from(rng.u32(..8) == 0), trace: None }
 }
 
 /// Mostly one that is alive.

@@ -252,7 +252,7 @@ fn leases_are_read_as_of_now() {
 #[test]
 fn a_session_belongs_beside_a_command_that_may_be_repeated() {
     let call = |session, sequence| Some(v1::SessionCall { session, sequence, acknowledged_through: 0 });
-    let under = |command, session| validate(&v1::Command { command: Some(command), session, payload_hash: 0 });
+    let under = |command, session| validate(&v1::Command { command: Some(command), session, ..v1::Command::default() });
     let put_a = || Command::Put(put(b"a", b""));
     assert_eq!(under(put_a(), call(1, 1)), Ok(()));
     assert_eq!(under(put_a(), call(0, 1)), Err(KvError::Missing { field: "session" }));

@@ -21,7 +21,7 @@ fn store() -> Store {
 
 fn call(sequence: u64, acknowledged_through: u64, command: Command) -> v1::Command {
     let session = Some(v1::SessionCall { session: 1, sequence, acknowledged_through });
-    v1::Command { command: Some(command), session, payload_hash: 7 }
+    v1::Command { command: Some(command), session, payload_hash: 7, trace: None }
 }
 
 fn put_k() -> Command {
