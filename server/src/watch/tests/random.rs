@@ -64,6 +64,8 @@ impl Watcher {
             }
             if self.random.u32(..6) == 0 {
                 self.dawdle().await;
+                // What it waited for may have been the end.
+                continue;
             }
             tokio::select! {
                 update = watch.next() => match update.unwrap().unwrap() {
