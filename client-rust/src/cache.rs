@@ -536,19 +536,16 @@ fn closed() -> Error {
 impl Client {
     /// Keeps a local copy of an interval of keys; ready once it is filled.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
-    /// let services = client.cache_prefix("services/").await?;
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// use d_engine_client::KeyRange;
+    ///
+    /// let services = client.cache(KeyRange::prefix("services/")).await?;
     /// let written = client.put("services/a", "10.0.0.1:80").await?.header.revision;
     /// services.wait_for(written).await?;
     /// assert!(services.get("services/a").is_some());
-    ///
-    /// let mut changes = services.changes();
-    /// while let Some(change) = changes.next().await {
-    ///     println!("{:?}: {:?} -> {:?}", change.key, change.before, change.after);
-    /// }
-    /// # Ok(())
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -558,6 +555,18 @@ impl Client {
     }
 
     /// Keeps a local copy of all keys that begin with `prefix`.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// let services = client.cache_prefix("services/").await?;
+    /// let mut changes = services.changes();
+    /// client.put("services/a", "10.0.0.1:80").await?;
+    /// if let Some(change) = changes.next().await {
+    ///     println!("{:?}: {:?} -> {:?}", change.key, change.before, change.after);
+    /// }
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`cache`](Self::cache).

@@ -113,13 +113,13 @@ impl Client {
     /// Leases, sessions, compaction and the cluster are of the whole store: revoking a lease deletes its keys wherever
     /// they are.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// let tenant = client.namespace("tenants/7/");
     /// tenant.put("greeting", "hello").await?;
     /// assert_eq!(client.get("tenants/7/greeting").await?.into_value().as_deref(), Some(&b"hello"[..]));
-    /// # Ok(())
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     #[must_use]
     pub fn namespace(&self, prefix: impl IntoBytes) -> Self {

@@ -198,6 +198,17 @@ impl From<v1::StatusResponse> for NodeStatus {
 impl Client {
     /// The members and the leader, as any one reachable node knows them.
     ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// let members = client.members().await?;
+    /// assert!(members.leader.is_some());
+    /// for member in members.members {
+    ///     println!("{} at {}", member.id, member.client_address);
+    /// }
+    /// # Ok(()) }) }
+    /// ```
+    ///
     /// # Errors
     /// `Unavailable` or `DeadlineExceeded` if no node answers within the call timeout, `WrongCluster`, `Closed`.
     pub async fn members(&self) -> Result<Members, Error> {
@@ -209,6 +220,16 @@ impl Client {
 
     /// The state of the node at `address` (`host:port`), whether or not it is a known member. One attempt, no retry:
     /// a node that does not answer is what the caller wants to see.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// for member in client.members().await?.members {
+    ///     let status = client.status(&member.client_address).await?;
+    ///     println!("{} applied {} and is {:?}", member.id, status.applied_index, status.role);
+    /// }
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// `Unavailable` if it cannot be reached, `DeadlineExceeded` if it does not answer within the call timeout,

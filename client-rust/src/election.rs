@@ -236,19 +236,19 @@ impl Following {
 impl Client {
     /// An election. Candidates lead one at a time, in the order in which they campaigned.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// let election = client.election("elections/scheduler");
+    /// let mut leaders = election.observe().await?;
     /// let leadership = election.campaign("10.0.0.1:8080").await?;
     /// println!("leading with token {}", leadership.token());
-    /// assert_eq!(election.leader().await?.map(|leader| leader.token), Some(leadership.token()));
-    ///
-    /// let mut leaders = election.observe().await?;
     /// while let Some(leader) = leaders.next().await {
-    ///     println!("{:?}", leader?);
+    ///     if leader?.map(|leader| leader.token) == Some(leadership.token()) {
+    ///         break;
+    ///     }
     /// }
-    /// # Ok(())
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     #[must_use]
     pub fn election(&self, name: impl IntoBytes) -> Election {

@@ -259,16 +259,18 @@ impl IntoFuture for KeepLease {
 impl Client {
     /// Opens a lease and keeps it alive for as long as the answer is held.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use std::time::Duration;
     ///
     /// let keeper = client.keep_lease(Duration::from_secs(10)).await?;
     /// client.put("services/api/node1", "10.0.0.1:8080").lease(keeper.id()).await?;
-    /// keeper.lost().await;
-    /// println!("out of touch for too long: the registration is gone");
-    /// # Ok(())
-    /// # }
+    /// tokio::select! {
+    ///     () = keeper.lost() => println!("out of touch for too long: the registration is gone"),
+    ///     () = std::future::ready(()) => println!("the work is done, the registration ends with the keeper"),
+    /// }
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors

@@ -290,16 +290,15 @@ impl Client {
     /// revoked, or not renewed for its time to live, in whole milliseconds. Time runs only while the cluster has a
     /// leader, so a lease may live longer, never shorter. [`keep_lease`](Self::keep_lease) opens one and renews it.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use std::time::Duration;
     ///
     /// let lease = client.grant_lease(Duration::from_secs(10)).await?.lease;
     /// client.put("services/api/node1", "10.0.0.1:8080").lease(lease).await?;
-    /// client.renew_lease(lease).await?;
-    /// client.revoke_lease(lease).await?;
-    /// # Ok(())
-    /// # }
+    /// assert_eq!(client.get("services/api/node1").await?.kv.and_then(|kv| kv.lease), Some(lease));
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -311,6 +310,16 @@ impl Client {
 
     /// Ends a lease and deletes its keys, as one change, wherever in the store they are.
     ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// # use std::time::Duration;
+    /// let lease = client.grant_lease(Duration::from_secs(10)).await?.lease;
+    /// client.put("services/api/node1", "10.0.0.1:8080").lease(lease).await?;
+    /// assert_eq!(client.revoke_lease(lease).await?.deleted, 1);
+    /// # Ok(()) }) }
+    /// ```
+    ///
     /// # Errors
     /// As [`put`](Self::put); `LeaseNotFound`.
     pub fn revoke_lease(&self, lease: LeaseId) -> RevokeLease {
@@ -320,6 +329,15 @@ impl Client {
     /// Prolongs a lease, once, to its full time to live from now on. To keep one alive, use
     /// [`keep_lease`](Self::keep_lease).
     ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// # use std::time::Duration;
+    /// let lease = client.grant_lease(Duration::from_secs(10)).await?.lease;
+    /// assert_eq!(client.renew_lease(lease).await?.ttl, Duration::from_secs(10));
+    /// # Ok(()) }) }
+    /// ```
+    ///
     /// # Errors
     /// As [`put`](Self::put); `LeaseNotFound`.
     pub fn renew_lease(&self, lease: LeaseId) -> RenewLease {
@@ -327,6 +345,16 @@ impl Client {
     }
 
     /// How long a lease has left, and its keys.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// # use std::time::Duration;
+    /// let lease = client.grant_lease(Duration::from_secs(10)).await?.lease;
+    /// let left = client.lease_time_to_live(lease).await?.remaining;
+    /// assert!(left <= Duration::from_secs(10));
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`get`](Self::get); `LeaseNotFound`.
@@ -336,6 +364,15 @@ impl Client {
 
     /// Lists the leases that were granted, by ascending id. Those that a time to live of a put made are left out.
     /// Leases are of the whole store, whatever this client's namespace.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// # use std::time::Duration;
+    /// let lease = client.grant_lease(Duration::from_secs(10)).await?.lease;
+    /// assert!(client.leases().all().await?.iter().any(|summary| summary.lease == lease));
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`get`](Self::get).

@@ -1,18 +1,22 @@
 //! The smart client of d-engine: it finds the members and the leader, keeps every call within one deadline, repeats
 //! a write until it is answered without ever applying it twice, and says truthfully what became of the rest.
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), d_engine_client::Error> {
+//! ```
+//! # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+//! # fn main() { run(async |_| {
 //! use d_engine_client::{Client, Outcome};
 //!
-//! let client = Client::builder().endpoints(["127.0.0.1:9081"]).connect().await?;
+//! # let endpoints: Vec<String> = std::env::var("D_ENGINE_ENDPOINTS").unwrap().split(',').map(Into::into).collect();
+//! # /*
+//! let endpoints = ["127.0.0.1:9081", "127.0.0.1:9082"];
+//! # */
+//! let client = Client::builder().endpoints(endpoints).connect().await?;
 //! match client.put("greeting", "hello").await {
 //!     Ok(answer) => println!("written at revision {}", answer.header.revision),
 //!     Err(error) if error.outcome() == Outcome::Unknown => println!("read it before writing again: {error}"),
 //!     Err(error) => println!("not written: {error}"),
 //! }
-//! # Ok(())
-//! # }
+//! # Ok(()) }) }
 //! ```
 //!
 //! From top to bottom: a request (`read`, `write`, `range`, `txn`, `lease`, `maintenance`, `cluster`) becomes a protocol

@@ -143,16 +143,16 @@ impl Client {
     /// A lock: of all who acquire the same name, one at a time holds it. What it keeps in the store lies below
     /// `<name>/`.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// # async fn write_to_the_shared_disk(_: d_engine_client::FencingToken) {}
     /// let guard = client.lock("locks/disk-7").acquire().await?;
     /// tokio::select! {
     ///     () = write_to_the_shared_disk(guard.token()) => guard.release().await?,
     ///     () = guard.lost() => println!("somebody else may hold it now"),
     /// }
-    /// # Ok(())
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     pub fn lock(&self, name: impl IntoBytes) -> Lock {
         let queue = Queue::of(&name.into_bytes());

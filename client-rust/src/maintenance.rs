@@ -37,13 +37,14 @@ impl Client {
     /// older revisions fail with [`ErrorKind::Compacted`](crate::ErrorKind::Compacted) from then on. The current value
     /// of every key stays. A server compacts by itself too, as it is configured.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
-    /// let now = client.get("any").await?.header.revision;
-    /// let answer = client.compact(now).await?;
-    /// println!("the oldest revision left is {}", answer.compacted_revision);
-    /// # Ok(())
-    /// # }
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// let old = client.put("greeting", "hello").await?.header.revision;
+    /// let new = client.put("greeting", "hello, world").await?.header.revision;
+    /// assert!(client.compact(new).await?.compacted_revision >= new);
+    /// assert!(client.get("greeting").revision(old).await.is_err());
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -54,6 +55,16 @@ impl Client {
 
     /// Forgets what was replaced longer than `age` ago, in whole milliseconds. Nodes remember when a revision was made
     /// only for as long as they run, so more may be kept.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// use std::time::Duration;
+    ///
+    /// let answer = client.compact_older_than(Duration::from_secs(3600)).await?;
+    /// println!("the oldest revision left is {}", answer.compacted_revision);
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`put`](Self::put).

@@ -23,18 +23,22 @@ pub(crate) struct Options {
 
 /// Builds a [`Client`].
 ///
-/// ```no_run
-/// # async fn example() -> Result<(), d_engine_client::Error> {
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+/// # fn main() { run(async |_| {
 /// use std::time::Duration;
 ///
+/// # let endpoints: Vec<String> = std::env::var("D_ENGINE_ENDPOINTS").unwrap().split(',').map(Into::into).collect();
+/// # /*
+/// let endpoints = ["127.0.0.1:9081", "127.0.0.1:9082"];
+/// # */
 /// let client = d_engine_client::Client::builder()
-///     .endpoints(["127.0.0.1:9081", "127.0.0.1:9082"])
+///     .endpoints(endpoints)
 ///     .call_timeout(Duration::from_secs(2))
 ///     .connect()
 ///     .await?;
 /// client.put("greeting", "hello").await?;
-/// # Ok(())
-/// # }
+/// # Ok(()) }) }
 /// ```
 #[derive(Clone, Debug)]
 #[must_use = "a builder does nothing until `build` or `connect`"]

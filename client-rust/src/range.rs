@@ -169,15 +169,20 @@ impl Pages {
 impl Client {
     /// Reads an interval of keys.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use d_engine_client::KeyRange;
     ///
-    /// for kv in client.range(KeyRange::prefix("services/")).limit(1000).all().await? {
-    ///     println!("{:?} = {:?}", kv.key, kv.value);
+    /// for host in ["a", "b", "c"] {
+    ///     client.put(format!("services/{host}"), "up").await?;
     /// }
-    /// # Ok(())
-    /// # }
+    /// let page = client.range(KeyRange::prefix("services/")).limit(2).await?;
+    /// assert_eq!(page.kvs.len(), 2);
+    /// assert!(page.rest.is_some());
+    /// let all = client.range(KeyRange::prefix("services/")).all().await?;
+    /// assert_eq!(all.len(), 3);
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors

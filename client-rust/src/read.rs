@@ -197,14 +197,16 @@ impl IntoFuture for GetMany {
 impl Client {
     /// Reads one key.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use d_engine_client::Consistency;
     ///
+    /// client.put("greeting", "hello").await?;
     /// let value = client.get("greeting").consistency(Consistency::Linearizable).await?.into_value();
     /// assert_eq!(value.as_deref(), Some(&b"hello"[..]));
-    /// # Ok(())
-    /// # }
+    /// assert_eq!(client.get("nothing").await?.into_value(), None);
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -215,6 +217,17 @@ impl Client {
     }
 
     /// Reads several keys at one revision; 1024 at most, and together no more than an answer carries.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// client.put("a", "1").await?;
+    /// client.put("c", "3").await?;
+    /// let answer = client.get_many(["a", "b", "c"]).await?;
+    /// let keys: Vec<_> = answer.kvs.iter().map(|kv| &kv.key[..]).collect();
+    /// assert_eq!(keys, [b"a", b"c"]);
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`get`](Self::get); `InvalidArgument` too for more than that.

@@ -102,17 +102,21 @@ impl Client {
     /// Reads an interval at one revision, page by page, and watches it from the next revision on: nothing that happens
     /// in between is missed. A list that is compacted before the watch begins is read again.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use d_engine_client::KeyRange;
     ///
+    /// client.put("services/a", "10.0.0.1:80").await?;
     /// let mut services = client.watch_from_snapshot(KeyRange::prefix("services/")).await?;
-    /// println!("{} services at revision {}", services.kvs.len(), services.revision);
+    /// assert_eq!(services.kvs.len(), 1);
+    /// let next = client.put("services/b", "10.0.0.2:80").await?.header.revision;
     /// while let Some(update) = services.watch.next().await {
-    ///     println!("{:?}", update?.events);
+    ///     if update?.revision >= next {
+    ///         break;
+    ///     }
     /// }
-    /// # Ok(())
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors

@@ -194,18 +194,18 @@ fn is_read_only(txn: &v1::TxnRequest) -> bool {
 
 /// A transaction: `when` all comparisons hold, `then` these operations, `otherwise` those.
 ///
-/// ```no_run
-/// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+/// # fn main() { run(async |client| {
 /// use d_engine_client::{Compare, Op, Txn};
 ///
 /// let claim = Txn::new()
 ///     .when(Compare::missing("owner"))
 ///     .then(Op::put("owner", "me"))
 ///     .otherwise(Op::get("owner"));
-/// let answer = client.txn(claim).await?;
-/// println!("claimed: {}", answer.succeeded);
-/// # Ok(())
-/// # }
+/// assert!(client.txn(claim.clone()).await?.succeeded);
+/// assert!(!client.txn(claim).await?.succeeded);
+/// # Ok(()) }) }
 /// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Txn(v1::TxnRequest);
@@ -353,6 +353,18 @@ impl Client {
     /// effect, except for the timeout.
     ///
     /// Dropping the future leaves the outcome unknown.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// use d_engine_client::{Op, Txn};
+    ///
+    /// let both = Txn::new().then(Op::put("left", "1")).then(Op::put("right", "1"));
+    /// let revision = client.txn(both).await?.header.revision;
+    /// let kvs = client.get_many(["left", "right"]).await?.kvs;
+    /// assert!(kvs.iter().all(|kv| kv.mod_revision == revision));
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`put`](Self::put); `InvalidArgument` too for two puts of one key in a branch, and for an answer too large: then

@@ -466,21 +466,23 @@ fn resume_after(failure: &Failure) -> Option<Duration> {
 impl Client {
     /// Watches one key.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use d_engine_client::WatchEvent;
     ///
     /// let mut watch = client.watch("greeting").await?;
-    /// while let Some(update) = watch.next().await {
+    /// client.put("greeting", "hello").await?;
+    /// client.delete("greeting").await?;
+    /// 'events: while let Some(update) = watch.next().await {
     ///     for event in update?.events {
     ///         match event {
     ///             WatchEvent::Put { kv, .. } => println!("{:?} = {:?}", kv.key, kv.value),
-    ///             WatchEvent::Delete { key, .. } => println!("{key:?} is gone"),
+    ///             WatchEvent::Delete { .. } => break 'events,
     ///         }
     ///     }
     /// }
-    /// # Ok(())
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -496,6 +498,16 @@ impl Client {
 
     /// Watches all keys that begin with `prefix`.
     ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// let revision = client.put("services/api", "10.0.0.1:8080").await?.header.revision;
+    /// let mut watch = client.watch_prefix("services/").from(revision).await?;
+    /// let update = watch.next().await.expect("a watch goes on by itself")?;
+    /// assert_eq!(update.events[0].key(), &b"services/api"[..]);
+    /// # Ok(()) }) }
+    /// ```
+    ///
     /// # Errors
     /// As [`watch`](Self::watch).
     pub fn watch_prefix(&self, prefix: impl IntoBytes) -> Watch {
@@ -503,6 +515,17 @@ impl Client {
     }
 
     /// Watches an interval of keys.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// use d_engine_client::KeyRange;
+    ///
+    /// let revision = client.put("b", "1").await?.header.revision;
+    /// let mut watch = client.watch_range(KeyRange::between("a", "c")).from(revision).await?;
+    /// assert_eq!(watch.next().await.expect("a watch goes on by itself")?.revision, revision);
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`watch`](Self::watch).

@@ -214,12 +214,14 @@ impl Client {
     ///
     /// Dropping the future leaves the outcome unknown.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
-    /// let answer = client.put("greeting", "hello").return_previous().await?;
-    /// println!("revision {}, before: {:?}", answer.header.revision, answer.previous);
-    /// # Ok(())
-    /// # }
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// let first = client.put("greeting", "hello").await?;
+    /// let second = client.put("greeting", "hello, world").return_previous().await?;
+    /// assert!(second.header.revision > first.header.revision);
+    /// assert_eq!(second.previous.map(|kv| kv.value).as_deref(), Some(&b"hello"[..]));
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -232,13 +234,17 @@ impl Client {
 
     /// Writes one key that is deleted when its time to live has passed, unless it is put again before.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use std::time::Duration;
     ///
-    /// client.put_with_ttl("cache/front-page", "<html>", Duration::from_secs(30)).await?;
-    /// # Ok(())
-    /// # }
+    /// client.put_with_ttl("cache/front-page", "<html>", Duration::from_millis(200)).await?;
+    /// let mut watch = client.watch("cache/front-page").await?;
+    /// while client.get("cache/front-page").await?.into_value().is_some() {
+    ///     watch.next().await;
+    /// }
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
@@ -251,6 +257,15 @@ impl Client {
     ///
     /// Dropping the future leaves the outcome unknown.
     ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// client.put("greeting", "hello").await?;
+    /// assert!(client.delete("greeting").await?.deleted);
+    /// assert!(!client.delete("greeting").await?.deleted);
+    /// # Ok(()) }) }
+    /// ```
+    ///
     /// # Errors
     /// As [`put`](Self::put).
     pub fn delete(&self, key: impl IntoBytes) -> Delete {
@@ -260,6 +275,17 @@ impl Client {
     /// Deletes all keys of an interval, as one change.
     ///
     /// Dropping the future leaves the outcome unknown.
+    ///
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// use d_engine_client::KeyRange;
+    ///
+    /// client.put("jobs/1", "done").await?;
+    /// client.put("jobs/2", "done").await?;
+    /// assert_eq!(client.delete_range(KeyRange::prefix("jobs/")).await?.deleted, 2);
+    /// # Ok(()) }) }
+    /// ```
     ///
     /// # Errors
     /// As [`put`](Self::put).
@@ -272,12 +298,15 @@ impl Client {
     ///
     /// Dropping the future leaves the outcome unknown.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) -> Result<(), d_engine_client::Error> {
-    /// let created = client.compare_and_swap("counter", None::<&[u8]>, "1").await?.succeeded;
-    /// let swapped = client.compare_and_swap("counter", Some("1"), "2").await?.succeeded;
-    /// # Ok(())
-    /// # }
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// let created = client.compare_and_swap("counter", None::<&[u8]>, "1").await?;
+    /// let swapped = client.compare_and_swap("counter", Some("1"), "2").await?;
+    /// let late = client.compare_and_swap("counter", Some("1"), "3").await?;
+    /// assert_eq!((created.succeeded, swapped.succeeded, late.succeeded), (true, true, false));
+    /// assert_eq!(late.current.map(|kv| kv.value).as_deref(), Some(&b"2"[..]));
+    /// # Ok(()) }) }
     /// ```
     ///
     /// # Errors
