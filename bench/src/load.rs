@@ -42,9 +42,30 @@ impl Operation {
     }
 }
 
+/// How operations travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// Many on one stream.
+    Pipeline,
+    /// A call each.
+    Unary,
+}
+
+impl Transport {
+    pub(crate) const ALL: [Self; 2] = [Self::Pipeline, Self::Unary];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Pipeline => "pipeline",
+            Self::Unary => "unary",
+        }
+    }
+}
+
 /// One row of the report.
 pub(crate) struct Figures {
     pub(crate) operation: Operation,
+    pub(crate) transport: Transport,
     pub(crate) callers: usize,
     pub(crate) per_second: f64,
     pub(crate) p50_us: u64,
@@ -55,8 +76,26 @@ pub(crate) struct Figures {
     pub(crate) errors: u64,
 }
 
+/// The clients of one transport.
+pub(crate) struct Clients {
+    transport: Transport,
+    usual: Client,
+    /// Without exactly-once puts.
+    sessionless: Client,
+}
+
+impl Clients {
+    pub(crate) async fn connect(endpoints: &[String], transport: Transport) -> Self {
+        let builder = || Client::builder().endpoints(endpoints.to_vec()).pipelined(transport == Transport::Pipeline);
+        let usual = builder().connect().await.expect("the cluster is ready");
+        let sessionless = builder().sessions(false).connect().await.expect("the cluster is ready");
+        Self { transport, usual, sessionless }
+    }
+}
+
 /// Runs the load for `duration` and reports.
-pub(crate) async fn measure(client: &Client, operation: Operation, callers: usize, duration: Duration) -> Figures {
+pub(crate) async fn measure(clients: &Clients, operation: Operation, callers: usize, duration: Duration) -> Figures {
+    let client = if operation == Operation::PutWithoutSession { &clients.sessionless } else { &clients.usual };
     let servers = processes::servers();
     let own = std::process::id();
     let cpu = |ids: &[u32]| ids.iter().map(|id| processes::cpu_time(*id)).sum::<Duration>();
@@ -75,6 +114,7 @@ pub(crate) async fn measure(client: &Client, operation: Operation, callers: usiz
     let resident: u64 = servers.iter().map(|id| processes::resident_bytes(*id)).sum();
     Figures {
         operation,
+        transport: clients.transport,
         callers,
         per_second: operations / started.elapsed().as_secs_f64(),
         p50_us: latencies.value_at_quantile(0.5),

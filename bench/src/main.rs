@@ -11,6 +11,7 @@
 
 mod churn;
 mod failover;
+mod idle;
 mod keep_alives;
 mod load;
 mod processes;
@@ -23,7 +24,7 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 use d_engine_client::Client;
 use d_engine_tests::cluster::Cluster;
 
-use load::{Figures, Operation};
+use load::{Clients, Figures, Operation, Transport};
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -35,8 +36,14 @@ struct Arguments {
     #[arg(long, default_value_t = 5)]
     seconds: u64,
     /// Callers of the rows, each one with an operation in flight.
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1000])]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1000, 10_000])]
     callers: Vec<usize>,
+    /// Nodes of the cluster that is under load.
+    #[arg(long, default_value_t = 3)]
+    nodes: u32,
+    /// Clients that do nothing, to see what they keep in memory; 0: none.
+    #[arg(long, default_value_t = 1000)]
+    idle_clients: usize,
     /// How often the leader is killed; 0: never.
     #[arg(long, default_value_t = 20)]
     failovers: u32,
@@ -62,6 +69,10 @@ async fn main() {
     }
     if !arguments.watches.contains(&0) {
         measure_watches(&arguments).await;
+    }
+    if arguments.idle_clients > 0 {
+        eprintln!("{} idle clients ...", arguments.idle_clients);
+        println!("{}\n", idle::table(&idle::measure(arguments.idle_clients).await));
     }
     if arguments.keep_alive_seconds > 0 {
         eprintln!("keep-alives ...");
@@ -96,21 +107,27 @@ async fn main() {
 }
 
 async fn measure_load(arguments: &Arguments) {
-    let cluster = Cluster::start(3).await;
-    let client = Client::builder().endpoints(cluster.addresses()).connect().await.expect("the cluster is ready");
-    let builder = Client::builder().endpoints(cluster.addresses()).sessions(false);
-    let sessionless = builder.connect().await.expect("the cluster is ready");
+    let cluster = Cluster::start(arguments.nodes).await;
+    let mut transports = Vec::new();
+    for transport in Transport::ALL {
+        transports.push(Clients::connect(&cluster.addresses(), transport).await);
+    }
     let mut rows = Vec::new();
     for operation in Operation::ALL {
-        let client = if operation == Operation::PutWithoutSession { &sessionless } else { &client };
         for callers in &arguments.callers {
-            eprintln!("{} with {callers} callers ...", operation.name());
-            let duration = Duration::from_secs(arguments.seconds);
-            rows.push(load::measure(client, operation, *callers, duration).await);
+            for clients in &transports {
+                eprintln!("{} with {callers} callers ...", operation.name());
+                rows.push(load::measure(clients, operation, *callers, Duration::from_secs(arguments.seconds)).await);
+            }
         }
     }
     println!("{}", load_table(&rows));
-    println!("{} cores, 8-byte keys, 256-byte values, unary calls over one client\n", cores());
+    println!(
+        "{} cores, {} nodes, 8-byte keys, 256-byte values, one client with one connection to each node; all but eventual \
+         gets go to the leader\n",
+        cores(),
+        arguments.nodes
+    );
 }
 
 async fn measure_watches(arguments: &Arguments) {
@@ -134,6 +151,7 @@ fn load_table(rows: &[Figures]) -> Table {
     table.set_header([
         "operation",
         "callers",
+        "over",
         "per second",
         "p50 µs",
         "p99 µs",
@@ -145,6 +163,7 @@ fn load_table(rows: &[Figures]) -> Table {
     for row in rows {
         let numbers = [
             row.callers.to_string(),
+            row.transport.name().to_owned(),
             format!("{:.0}", row.per_second),
             row.p50_us.to_string(),
             row.p99_us.to_string(),
