@@ -140,6 +140,10 @@ pub const PIPELINE_BYTES_MAX: usize = 16 << 20;
 #[expect(clippy::cast_possible_truncation, reason = "asserted below")]
 pub const PIPELINE_BATCH_BYTES_MAX: usize = protocol::PIPELINE_BATCH_BYTES_MAX as usize;
 
+/// Writes of one pipeline in flight whose answers hold what keys held, and may be large: nothing stops those of a log
+/// entry from coming together.
+pub const PIPELINE_RETURNING_MAX: usize = 1024;
+
 /// Operations of one pipeline that run as calls of their own, such as reads of the past, whose answers may be large.
 pub const PIPELINE_CALLS_MAX: usize = 64;
 

@@ -143,7 +143,7 @@ impl Pipeline {
 
     /// Whether another operation may begin.
     pub(crate) fn has_room(&self) -> bool {
-        self.table.len() < PIPELINE_OPERATIONS_MAX && self.table.bytes() < PIPELINE_BYTES_MAX && !self.is_full()
+        self.table.has_room() && !self.is_full()
     }
 
     /// Whether a whole message of answers waits to be sent.
@@ -183,7 +183,8 @@ impl Pipeline {
             return Err(Misuse::InFlight { id });
         }
         let deadline = self.now + timeout;
-        let flight = |stage| Flight { serial: 0, deadline, began: self.now, method, bytes, stage };
+        let returns_values = matches!(&work, Work::Write(change) if operation::returns_values(change));
+        let flight = |stage| Flight { serial: 0, deadline, began: self.now, method, bytes, returns_values, stage };
         match work {
             Work::Write(change) => {
                 if self.buffer.capacity() == 0 {
@@ -355,7 +356,7 @@ impl Pipeline {
                 reads::Outcome::Waits(wait) => self.reads.park(ticket, wait),
                 reads::Outcome::Past => {
                     if let Some(Flight { stage, .. }) = self.table.find_mut(ticket)
-                        && let Stage::Read(query) = mem::replace(stage, Stage::Write)
+                        && let Stage::Read(query) = mem::take(stage)
                     {
                         *stage = Stage::Waits(Other::Past(query));
                         self.waiting.push_back(ticket);
@@ -386,7 +387,7 @@ impl Pipeline {
     fn call(&mut self, ticket: Ticket) {
         let Some(Flight { stage, deadline, .. }) = self.table.find_mut(ticket) else { return };
         let (handle, registration) = AbortHandle::new_pair();
-        if let Stage::Waits(other) = mem::replace(stage, Stage::Write) {
+        if let Stage::Waits(other) = mem::take(stage) {
             *stage = Stage::Call { handle, withdrawable: other.is_read() };
             let call = other.run(self.engine.clone(), *deadline).map(move |result| (ticket, result)).boxed();
             self.calls.push(Abortable::new(call, registration));

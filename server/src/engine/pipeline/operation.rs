@@ -70,6 +70,17 @@ pub(super) fn sort(request: Request) -> (&'static str, Work) {
     }
 }
 
+/// Whether the answer to a change holds what keys held, and may be as large as an answer can be.
+pub(super) fn returns_values(change: &Change) -> bool {
+    match change {
+        Change::Put(put) => put.return_previous,
+        Change::Delete(delete) => delete.return_previous,
+        Change::DeleteRange(delete) => delete.return_previous,
+        Change::CompareAndSwap(_) | Change::Txn(_) => true,
+        _ => false,
+    }
+}
+
 /// The answer to a change, as the operation that asked for it has it. `None`: it is none a client can ask for.
 pub(super) fn written(header: Option<v1::ResponseHeader>, reply: command_reply::Reply) -> Option<Reply> {
     use command_reply::Reply as Applied;

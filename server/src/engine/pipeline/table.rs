@@ -7,6 +7,7 @@ use futures_util::future::AbortHandle;
 use super::operation::{Other, Query};
 use crate::consensus::Ticket;
 use crate::engine::Deadline;
+use crate::limits::{PIPELINE_BYTES_MAX, PIPELINE_OPERATIONS_MAX, PIPELINE_RETURNING_MAX};
 
 /// A table that was once full keeps memory for no more than so many operations when it is nearly empty.
 const KEPT: usize = 256;
@@ -20,14 +21,18 @@ pub(super) struct Flight {
     pub(super) method: &'static str,
     /// What it takes of the bound.
     pub(super) bytes: usize,
+    /// Whether it is a write whose answer may be large.
+    pub(super) returns_values: bool,
     pub(super) stage: Stage,
 }
 
 /// What an operation waits for.
+#[derive(Default)]
 pub(super) enum Stage {
     /// The right to be read.
     Read(Query),
     /// Its turn in the log, or its answer from there.
+    #[default]
     Write,
     /// A place among the calls.
     Waits(Other),
@@ -45,6 +50,8 @@ pub(super) struct Table {
     flights: HashMap<u64, Flight>,
     /// Sum of the bytes of all.
     bytes: usize,
+    /// Writes whose answers may be large.
+    returning: usize,
     last_serial: u64,
 }
 
@@ -53,8 +60,10 @@ impl Table {
         self.flights.len()
     }
 
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
+    pub(super) fn has_room(&self) -> bool {
+        self.flights.len() < PIPELINE_OPERATIONS_MAX
+            && self.bytes < PIPELINE_BYTES_MAX
+            && self.returning < PIPELINE_RETURNING_MAX
     }
 
     pub(super) fn contains(&self, id: u64) -> bool {
@@ -70,6 +79,7 @@ impl Table {
         self.last_serial += 1;
         let serial = self.last_serial;
         self.bytes += flight.bytes;
+        self.returning += usize::from(flight.returns_values);
         self.flights.insert(id, Flight { serial, ..flight });
         Ticket { id, serial }
     }
@@ -90,6 +100,7 @@ impl Table {
     pub(super) fn remove(&mut self, id: u64) -> Option<Flight> {
         let flight = self.flights.remove(&id)?;
         self.bytes -= flight.bytes;
+        self.returning -= usize::from(flight.returns_values);
         Some(flight)
     }
 
@@ -112,7 +123,10 @@ impl Table {
             flight.deadline <= now
         };
         let due: Vec<_> = self.flights.extract_if(is_due).collect();
-        self.bytes -= due.iter().map(|(_, flight)| flight.bytes).sum::<usize>();
+        for (_, flight) in &due {
+            self.bytes -= flight.bytes;
+            self.returning -= usize::from(flight.returns_values);
+        }
         if self.flights.capacity() > KEPT.max(4 * self.flights.len()) {
             self.flights.shrink_to(KEPT);
         }
