@@ -39,9 +39,7 @@ use tokio::time::Sleep;
 use super::writes::uncommitted;
 use super::{Deadline, Engine, EngineError, TURN, late};
 use crate::consensus::{Answer as Applied, Gathering, ProposeError, Ticket};
-use crate::limits::{
-    PIPELINE_BATCH_BYTES_MAX, PIPELINE_BYTES_MAX, PIPELINE_CALLS_MAX, PIPELINE_DEADLINES_PAUSE, PIPELINE_OPERATIONS_MAX,
-};
+use crate::limits::{PIPELINE_BATCH_BYTES_MAX, PIPELINE_CALLS_MAX, PIPELINE_DEADLINES_PAUSE};
 use operation::{Other, Work};
 use reads::Reads;
 use table::{Flight, Stage, Table};

@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::*;
-use crate::limits::{PIPELINE_BATCH_BYTES_MAX, PIPELINE_OPERATIONS_MAX};
+use crate::limits::PIPELINE_OPERATIONS_MAX;
 
 /// One stream of operations.
 struct Exchange {
@@ -76,7 +76,7 @@ fn waiting() -> Asked {
 }
 
 #[track_caller]
-fn error(reply: &Reply) -> (ErrorCode, Outcome, &str) {
+fn error_of(reply: &Reply) -> (ErrorCode, Outcome, &str) {
     let Reply::Error(error) = reply else { panic!("{reply:?}") };
     let detail = error.detail.as_ref().unwrap();
     (ErrorCode::from_number(detail.code).unwrap(), detail.outcome(), &error.message)
@@ -315,15 +315,240 @@ async fn a_deadline_is_answered_and_says_what_became_of_the_operation() {
     let long = v1::Operation { timeout_us: 60_000_000, ..operation(2, waiting()) };
     exchange.send(vec![long, short]).await;
     let (id, reply) = exchange.next().await;
-    assert_eq!((id, error(&reply).0, error(&reply).1), (1, ErrorCode::Behind, Outcome::NotApplied));
+    assert_eq!((id, error_of(&reply).0, error_of(&reply).1), (1, ErrorCode::Behind, Outcome::NotApplied));
     let gone = v1::Operation { timeout_us: 1, ..operation(3, Asked::Put(put("k", "v"))) };
     exchange.send(vec![gone]).await;
     let (id, reply) = exchange.next().await;
-    assert_eq!((id, error(&reply).0, error(&reply).1), (3, ErrorCode::DeadlineExceeded, Outcome::NotApplied));
+    assert_eq!((id, error_of(&reply).0, error_of(&reply).1), (3, ErrorCode::DeadlineExceeded, Outcome::NotApplied));
     exchange.send(vec![cancel(2)]).await;
     let (id, reply) = exchange.next().await;
-    assert_eq!((id, error(&reply).0, error(&reply).1), (2, ErrorCode::Cancelled, Outcome::NotApplied));
+    assert_eq!((id, error_of(&reply).0, error_of(&reply).1), (2, ErrorCode::Cancelled, Outcome::NotApplied));
     // Ids of operations that were answered are free, and cancelling what is unknown means nothing.
     exchange.send(vec![cancel(2), operation(2, Asked::Get(get("k", Consistency::Linearizable)))]).await;
     assert!(matches!(exchange.next().await, (2, Reply::Get(v1::GetResponse { kv: None, .. }))));
+}
+
+/// The status that ends a stream, and the answers before it.
+async fn ended(exchange: &mut Exchange) -> (DetailedStatus, Vec<u64>) {
+    let mut answered = Vec::new();
+    loop {
+        match within(exchange.answers.message()).await {
+            Ok(Some(batch)) => answered.extend(batch.answers.iter().map(|answer| answer.id)),
+            Ok(None) => panic!("the stream ended well"),
+            Err(status) => return (details(&status), answered),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mistake_ends_the_stream_and_names_the_remedy_after_what_was_answered() {
+    let node = Node::start().await;
+    let read = || Asked::Get(get("k", Consistency::Eventual));
+    for (mistake, said) in [
+        (vec![operation(0, read())], "greater than 0"),
+        (vec![operation(7, waiting()), operation(7, read())], "operation 7 is in flight already"),
+        (vec![operation(7, waiting()), operation(7, Asked::Put(put("k", "v")))], "operation 7 is in flight already"),
+        (vec![v1::Operation { id: 7, ..Default::default() }], "has no request"),
+    ] {
+        let mut exchange = Exchange::open(&node).await;
+        exchange.send([vec![operation(5, read())], mistake].concat()).await;
+        let (error, answered) = ended(&mut exchange).await;
+        assert_eq!((error.code(), error.outcome()), (Some(ErrorCode::InvalidArgument), Outcome::Unknown));
+        assert!(error.message.contains(said), "{}", error.message);
+        assert_eq!(answered, [5]);
+    }
+    let mut exchange = Exchange::open(&node).await;
+    exchange.send(vec![operation(1, Asked::Put(put("k", vec![0; CLIENT_MESSAGE_BYTES_MAX])))]).await;
+    let (error, _) = ended(&mut exchange).await;
+    assert_eq!((error.code(), error.outcome()), (Some(ErrorCode::ResourceExhausted), Outcome::Unknown));
+    assert!(error.message.contains("pipeline_batch_bytes_max"), "{}", error.message);
+    // One that the server can read is refused alone.
+    let mut exchange = Exchange::open(&node).await;
+    let reply = exchange.ask(Asked::Put(put("k", vec![0; REQUEST_BYTES_MAX + 1]))).await;
+    assert_eq!((error_of(&reply).0, error_of(&reply).1), (ErrorCode::ResourceExhausted, Outcome::NotApplied));
+    assert!(matches!(exchange.ask(read()).await, Reply::Get(_)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_are_no_operations_end_the_stream_and_harm_nobody() {
+    let node = Node::start().await;
+    // Cut short, longer than the message, a wrong wire type inside, and a field of a newer version before a mistake.
+    for bytes in
+        [b"\x0a\x05\x08".as_slice(), b"\x0a\xff\xff\xff\xff\x0f\x00", b"\x0a\x02\x0d\x01", b"\x7a\x01x\x0a\x02\x08\x07"]
+    {
+        let mut client = tonic::client::Grpc::new(node.channel().await);
+        client.ready().await.unwrap();
+        let path = "/d_engine.v1.Pipeline/Exchange".parse().unwrap();
+        let request = Request::new(tokio_stream::once(Bytes::copy_from_slice(bytes)));
+        let mut answers = client.streaming(request, path, RawCodec).await.unwrap().into_inner();
+        let refused = details(&within(answers.message()).await.unwrap_err());
+        assert_eq!((refused.code(), refused.outcome()), (Some(ErrorCode::InvalidArgument), Outcome::Unknown));
+    }
+    node.kv().await.put(put("k", "v")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_never_reads_is_not_read_from_and_others_are_served() {
+    const READS: u64 = 2000;
+    let node = Node::start().await;
+    node.kv().await.put(put("large", vec![0; 1 << 20])).await.unwrap();
+    let mut exchange = Exchange::open(&node).await;
+    let read = |id| operation(id, Asked::Get(get("large", Consistency::Eventual)));
+    exchange.send((1..=READS).map(read).collect()).await;
+    let mut other = Exchange::open(&node).await;
+    let answered = || {
+        let text = node.metrics.encode(&Figures::default()).unwrap();
+        let line =
+            text.lines().find_map(|line| line.strip_prefix("d_engine_requests_total{method=\"Kv/Get\",code=\"Ok\"} "));
+        line.map_or(0, |count| count.parse::<u64>().unwrap())
+    };
+    while answered() == 0 {
+        assert!(matches!(other.ask(Asked::Put(put("k", "v"))).await, Reply::Put(_)));
+    }
+    for _ in 0..200 {
+        assert!(matches!(other.ask(Asked::Put(put("k", "v"))).await, Reply::Put(_)));
+    }
+    assert!(answered() < 100, "{} answers of a mebibyte wait for somebody", answered());
+    let mut ids: Vec<u64> = Vec::new();
+    for _ in 0..READS {
+        let (id, reply) = exchange.next().await;
+        assert!(matches!(&reply, Reply::Get(get) if get.kv.as_ref().unwrap().value.len() == 1 << 20));
+        ids.push(id);
+    }
+    ids.sort_unstable();
+    assert_eq!(ids, (1..=READS).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_operations_than_may_be_in_flight_are_all_answered() {
+    let node = Node::start().await;
+    let mut exchange = Exchange::open(&node).await;
+    let count = 2 * u64::try_from(PIPELINE_OPERATIONS_MAX).unwrap() + 1000;
+    let (sent, mut left) = (1..=count, (1..=count).collect::<BTreeSet<_>>());
+    let operations: Vec<_> = sent.map(|id| v1::Operation { timeout_us: 100_000, ..operation(id, waiting()) }).collect();
+    let sender = exchange.operations.clone();
+    tokio::spawn(async move {
+        for operations in operations.chunks(5000) {
+            sender.send(v1::OperationBatch { operations: operations.to_vec() }).await.unwrap();
+        }
+    });
+    while !left.is_empty() {
+        let (id, reply) = exchange.next().await;
+        assert_eq!(error_of(&reply).0, ErrorCode::Behind);
+        assert!(left.remove(&id), "{id} was answered twice");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_drains_answers_what_it_has_and_ends_with_its_client() {
+    let node = Node::start().await;
+    let mut exchange = Exchange::open(&node).await;
+    exchange.ask(Asked::Put(put("k", "v"))).await;
+    exchange.send(vec![operation(1, waiting())]).await;
+    // It has arrived once what came after it is answered.
+    exchange.send(vec![operation(2, Asked::Get(get("k", Consistency::Eventual)))]).await;
+    assert!(matches!(exchange.next().await, (2, Reply::Get(_))));
+    node.engine.consensus().stop().await;
+    node.stop.send(()).unwrap();
+    let told = within(exchange.answers.message()).await.unwrap().unwrap();
+    assert_eq!((told.draining, told.answers), (true, Vec::new()));
+    // What comes late is not refused for that, but has lost its leader.
+    exchange
+        .send(vec![operation(3, Asked::Put(put("k", "w"))), operation(4, Asked::Get(get("k", Consistency::Eventual)))])
+        .await;
+    let mut late = BTreeMap::from([exchange.next().await, exchange.next().await]);
+    assert_eq!(error_of(&late[&3]).1, Outcome::NotApplied);
+    assert!(matches!(late.remove(&4), Some(Reply::Get(_))));
+    exchange.send(vec![cancel(1)]).await;
+    let Exchange { operations, mut answers, .. } = exchange;
+    drop(operations);
+    let last = within(answers.message()).await.unwrap().unwrap();
+    assert_eq!((last.draining, last.answers.len(), last.answers[0].id), (false, 1, 1));
+    assert_eq!(within(answers.message()).await.unwrap(), None, "the stream ends well");
+    within(node.serving).await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_happens_each_operation_has_one_answer_and_the_answer_is_true() {
+    const OPERATIONS: u64 = 20_000;
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let node = Node::start().await;
+    node.kv().await.put(put("large", vec![0; 300_000])).await.unwrap();
+    let mut exchange = Exchange::open(&node).await;
+    let mut left: BTreeSet<u64> = (1..=OPERATIONS).collect();
+    let mut batches = Vec::new();
+    let mut id = 0;
+    while id < OPERATIONS {
+        let mut operations = Vec::new();
+        for _ in 0..random.u64(1..300).min(OPERATIONS - id) {
+            id += 1;
+            let consistency = [Consistency::Linearizable, Consistency::Lease, Consistency::Eventual][random.usize(..3)];
+            let key: Bytes = format!("w{id}").into();
+            let value = vec![b'v'; random.usize(..2000)].into();
+            let request = match random.u32(..100) {
+                0..45 => Asked::Put(v1::PutRequest { key, value, ..Default::default() }),
+                45..50 => Asked::CompareAndSwap(v1::CompareAndSwapRequest { key, value, ..Default::default() }),
+                50..53 => Asked::Get(get("large", consistency)),
+                53..55 => waiting(),
+                55..57 => Asked::Get(v1::GetRequest {
+                    key: "large".into(),
+                    read: Some(v1::ReadOptions { revision: 1, ..Default::default() }),
+                }),
+                _ => Asked::Get(get(format!("w{}", random.u64(1..=id)), consistency)),
+            };
+            let timeout_us = match random.u32(..4) {
+                0 => random.u64(1..20_000),
+                _ => 2_000_000,
+            };
+            operations.push(v1::Operation { timeout_us, ..operation(id, request) });
+            if random.u32(..10) == 0 {
+                operations.push(cancel(random.u64(id.saturating_sub(200).max(1)..=id)));
+            }
+        }
+        batches.push(operations);
+    }
+    let written: BTreeSet<u64> = batches
+        .iter()
+        .flatten()
+        .filter(|operation| matches!(operation.request, Some(Asked::Put(_) | Asked::CompareAndSwap(_))))
+        .map(|operation| operation.id)
+        .collect();
+    let sender = exchange.operations.clone();
+    let sending = tokio::spawn(async move {
+        for operations in batches {
+            sender.send(v1::OperationBatch { operations }).await.unwrap();
+        }
+    });
+    let mut outcomes = BTreeMap::new();
+    while !left.is_empty() {
+        if random.u32(..500) == 0 {
+            // A reader that is slow.
+            node.kv().await.put(put("k", "v")).await.unwrap();
+        }
+        let (id, reply) = exchange.next().await;
+        assert!(left.remove(&id), "{id} was answered twice");
+        let outcome = match &reply {
+            Reply::Put(_) => Outcome::Applied,
+            Reply::CompareAndSwap(swap) if swap.succeeded => Outcome::Applied,
+            Reply::Error(_) => error_of(&reply).1,
+            _ => Outcome::NotApplied,
+        };
+        outcomes.insert(id, outcome);
+    }
+    sending.await.unwrap();
+    let count = |wanted| outcomes.values().filter(|outcome| **outcome == wanted).count();
+    println!("{} applied, {} unknown", count(Outcome::Applied), count(Outcome::Unknown));
+    let mut kv = node.kv().await;
+    for (id, outcome) in outcomes.into_iter().filter(|(id, _)| written.contains(id)) {
+        let found = kv.get(get(format!("w{id}"), Consistency::Lease)).await.unwrap().into_inner().kv.is_some();
+        match outcome {
+            Outcome::Applied => assert!(found, "{id} was applied"),
+            Outcome::NotApplied => assert!(!found, "{id} was not applied"),
+            _ => {}
+        }
+    }
+    // Nothing is left behind: the stream is good for more.
+    assert!(matches!(exchange.ask(Asked::Put(put("k", "v"))).await, Reply::Put(_)));
 }
