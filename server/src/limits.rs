@@ -129,6 +129,27 @@ pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 /// The longest deadline a call can have; a client that asks for more gets this.
 pub const CALL_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 
+/// Operations of one pipeline in flight; a server that has as many reads no further.
+pub const PIPELINE_OPERATIONS_MAX: usize = 16_384;
+
+/// Bytes of the operations of one pipeline in flight, unless a single message has more.
+pub const PIPELINE_BYTES_MAX: usize = 16 << 20;
+
+/// Bytes of one message with answers, unless a single answer is larger. With as many waiting to be sent, a pipeline reads
+/// no further and executes no reads.
+#[expect(clippy::cast_possible_truncation, reason = "asserted below")]
+pub const PIPELINE_BATCH_BYTES_MAX: usize = protocol::PIPELINE_BATCH_BYTES_MAX as usize;
+
+/// Writes of one pipeline in flight whose answers hold what keys held, and may be large: nothing stops those of a log
+/// entry from coming together.
+pub const PIPELINE_RETURNING_MAX: usize = 1024;
+
+/// Operations of one pipeline that run as calls of their own, such as reads of the past, whose answers may be large.
+pub const PIPELINE_CALLS_MAX: usize = 64;
+
+/// Shortest pause between two looks at the deadlines of a pipeline's operations.
+pub const PIPELINE_DEADLINES_PAUSE: Duration = Duration::from_millis(1);
+
 /// Watches of a node. An idle one costs about a kilobyte.
 pub const WATCHES_MAX: usize = 262_144;
 
@@ -231,6 +252,15 @@ const _: () = {
     assert!(2 * protocol::REQUEST_BYTES_MAX + 4 * protocol::KEY_BYTES_MAX + 1024 < 4 << 20);
     assert!(WATCH_FRAME_BYTES_MAX + 1024 < 4 << 20);
     assert!(WATCHES_PER_STREAM_MAX <= WATCHES_MAX);
+    assert!(protocol::PIPELINE_BATCH_BYTES_MAX <= u32::MAX as u64, "the constant above must not truncate");
+    // A message with the largest operation, or with as many as may be, can be read, and the next one beside it.
+    assert!(PIPELINE_BATCH_BYTES_MAX <= CLIENT_MESSAGE_BYTES_MAX);
+    assert!(2 * CLIENT_MESSAGE_BYTES_MAX <= PIPELINE_BYTES_MAX);
+    // No pipeline fills the queue of proposals, or of reads, by itself.
+    assert!(PIPELINE_BYTES_MAX + PIPELINE_OPERATIONS_MAX * 256 < PENDING_BYTES_DEFAULT);
+    assert!(PIPELINE_OPERATIONS_MAX <= READS_WAITING_MAX);
+    // An entry's worth of commands fits, and some in flight before it.
+    assert!(2 * BATCH_COMMANDS_MAX <= PIPELINE_OPERATIONS_MAX);
     assert!(CALL_TIMEOUT_DEFAULT.as_millis() <= CALL_TIMEOUT_MAX.as_millis());
     // A stream cannot fill the queue of renewals by itself, and a full command is far below a request.
     assert!(KEEP_ALIVES_PER_STREAM_MAX < RENEWALS_WAITING_MAX);

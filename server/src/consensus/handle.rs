@@ -1,5 +1,6 @@
 //! The facade: starts a Raft node and is all that the rest of the server sees of it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use tokio::sync::watch;
 
 use super::applier::Applier;
 use super::formation::{Formation, MembershipRefused};
+use super::gathering::{Gathering, Ticket};
 use super::leadership::{Applied, LeaderInfo, Leadership, Monitor, Role};
 use super::log::Log;
 use super::member::Membership;
@@ -206,6 +208,12 @@ impl Consensus {
         self.inner.proposer.propose(command)?.await.unwrap_or(Err(ProposeError::Stopped))
     }
 
+    /// Proposes many commands of one caller at once, in the order of their serials. Every command that is not withdrawn
+    /// has one answer in `gathering`, a refusal included; the rest is as with [`propose`](Self::propose).
+    pub fn propose_all(&self, commands: VecDeque<(Ticket, Bytes)>, gathering: &Gathering) {
+        self.inner.proposer.propose_all(commands, gathering);
+    }
+
     /// Bytes of proposals that wait for their answer.
     #[must_use]
     pub fn pending_bytes(&self) -> usize {
@@ -239,11 +247,25 @@ impl Consensus {
         }
         let now = self.store_time();
         let told = self.inner.told_commit.index();
-        let is_applied = self.inner.applied.borrow().position.is_some_and(|position| position.index >= told);
-        if !is_applied {
+        if !self.is_applied(told) {
             self.wait_applied(told).await?;
         }
         Ok(now)
+    }
+
+    /// As [`confirm_read_by_lease`](Self::confirm_read_by_lease), for who does not wait: `None` also when something is
+    /// still to be applied. Takes no lock for long.
+    #[must_use]
+    pub fn read_by_lease(&self) -> Option<StoreTime> {
+        if !self.is_leader() {
+            return None;
+        }
+        let now = self.store_time()?;
+        self.is_applied(self.inner.told_commit.index()).then_some(now)
+    }
+
+    fn is_applied(&self, index: LogIndex) -> bool {
+        self.inner.applied.borrow().position.is_some_and(|position| position.index >= index)
     }
 
     /// Store time at this moment; `None` unless this node leads and has applied the first entry of its reign. Within a

@@ -3,6 +3,7 @@
 //! Nothing waits for company: an idle system adds no delay, a busy one fills its batches while earlier ones are in
 //! flight. What waits is bounded in bytes; past the bound a proposal is refused at once, and nothing is lost.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use openraft::errors::ClientWriteError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::entry::{Batch, COMMAND_OVERHEAD_BYTES};
+use super::gathering::{Gathering, Shared, Ticket};
 use super::leadership::{LeaderInfo, Leadership, Role};
 use super::raft_types::{Callback, Raft, WriteResult};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX, REQUEST_BYTES_MAX};
@@ -45,7 +47,8 @@ pub enum ProposeError {
     Stopped,
 }
 
-pub(super) type Answer = Result<Bytes, ProposeError>;
+/// What the state machine answered, or why it was not asked.
+pub type Answer = Result<Bytes, ProposeError>;
 
 /// The queue in front of openraft.
 pub(super) struct Proposer {
@@ -55,11 +58,25 @@ pub(super) struct Proposer {
     pending_bytes_max: usize,
 }
 
-struct Proposal {
+/// What waits in the queue.
+enum Proposal {
+    One(One),
+    Group(Group),
+}
+
+struct One {
     command: Bytes,
     answer: oneshot::Sender<Answer>,
     /// Given back when the proposal is answered.
     _pending_bytes: OwnedSemaphorePermit,
+}
+
+/// Commands of one caller, whose answers it gathers; those that are left when it is dropped are answered too.
+struct Group {
+    commands: VecDeque<(Ticket, Bytes)>,
+    answers: Arc<Shared>,
+    /// As of [`One`], for all of them.
+    pending_bytes: Option<OwnedSemaphorePermit>,
 }
 
 impl Proposer {
@@ -88,19 +105,72 @@ impl Proposer {
         if self.leadership.role() != Role::Leader {
             return Err(ProposeError::NotLeader);
         }
-        if command.len() > REQUEST_BYTES_MAX {
-            return Err(ProposeError::TooLarge { bytes: command.len() });
-        }
-        let overloaded = ProposeError::Overloaded { pending_bytes_max: self.pending_bytes_max };
-        let bytes = u32::try_from(command.len() + PROPOSAL_OVERHEAD_BYTES).map_err(|_| overloaded.clone())?;
-        let permit = self.pending_bytes.clone().try_acquire_many_owned(bytes).map_err(|_| overloaded.clone())?;
+        check_size(&command)?;
+        let permit = self.reserve(pending_cost(&command)).ok_or_else(|| self.overloaded())?;
         let (answer, answered) = oneshot::channel();
-        let proposal = Proposal { command, answer, _pending_bytes: permit };
-        match self.queue.try_send(proposal) {
-            Ok(()) => Ok(answered),
+        let proposal = Proposal::One(One { command, answer, _pending_bytes: permit });
+        self.queue.try_send(proposal).map_err(|refused| self.not_queued(&refused)).map(|()| answered)
+    }
+
+    /// Proposes many commands as one message, in the order of their serials; all answers, refusals included, go to
+    /// `gathering`. What finds no room is refused, and nothing behind it overtakes.
+    pub(super) fn propose_all(&self, commands: VecDeque<(Ticket, Bytes)>, gathering: &Gathering) {
+        let answers = gathering.shared().clone();
+        let mut group = Group { commands, answers, pending_bytes: None };
+        if self.leadership.role() != Role::Leader {
+            return group.answer_all(&ProposeError::NotLeader);
+        }
+        if group.commands.iter().any(|(_, command)| check_size(command).is_err()) {
+            group.refuse_too_large();
+        }
+        let rest = self.reserve_for(&mut group);
+        if !group.commands.is_empty()
+            && let Err(refused) = self.queue.try_send(Proposal::Group(group))
+        {
+            let error = self.not_queued(&refused);
+            if let mpsc::error::TrySendError::Closed(Proposal::Group(group))
+            | mpsc::error::TrySendError::Full(Proposal::Group(group)) = refused
+            {
+                group.answer_all(&error);
+            }
+        }
+        if let Some(rest) = rest {
+            rest.answer_all(&self.overloaded());
+        }
+    }
+
+    /// Reserves what the commands of a group take, and cuts off those there is no room for.
+    fn reserve_for(&self, group: &mut Group) -> Option<Group> {
+        group.pending_bytes = self.reserve(group.commands.iter().map(|(_, command)| pending_cost(command)).sum());
+        if group.pending_bytes.is_some() {
+            return None;
+        }
+        let mut fitting = 0;
+        for (_, command) in &group.commands {
+            let Some(permit) = self.reserve(pending_cost(command)) else { break };
+            match &mut group.pending_bytes {
+                Some(reserved) => reserved.merge(permit),
+                reserved => *reserved = Some(permit),
+            }
+            fitting += 1;
+        }
+        let commands = group.commands.split_off(fitting);
+        Some(Group { commands, answers: group.answers.clone(), pending_bytes: None })
+    }
+
+    fn reserve(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        self.pending_bytes.clone().try_acquire_many_owned(u32::try_from(bytes).ok()?).ok()
+    }
+
+    fn overloaded(&self) -> ProposeError {
+        ProposeError::Overloaded { pending_bytes_max: self.pending_bytes_max }
+    }
+
+    fn not_queued(&self, refused: &mpsc::error::TrySendError<Proposal>) -> ProposeError {
+        match refused {
             // The batcher never saw it.
-            Err(mpsc::error::TrySendError::Closed(_)) => Err(ProposeError::NotLeader),
-            Err(mpsc::error::TrySendError::Full(_)) => Err(overloaded),
+            mpsc::error::TrySendError::Closed(_) => ProposeError::NotLeader,
+            mpsc::error::TrySendError::Full(_) => self.overloaded(),
         }
     }
 
@@ -110,10 +180,131 @@ impl Proposer {
     }
 }
 
+fn pending_cost(command: &Bytes) -> usize {
+    command.len() + PROPOSAL_OVERHEAD_BYTES
+}
+
+fn check_size(command: &Bytes) -> Result<(), ProposeError> {
+    let bytes = command.len();
+    if bytes > REQUEST_BYTES_MAX { Err(ProposeError::TooLarge { bytes }) } else { Ok(()) }
+}
+
 impl Proposal {
+    /// Answers that it certainly is in no log entry.
     fn refuse(self) {
-        // Nobody may be waiting any more.
-        let _ = self.answer.send(Err(ProposeError::NotLeader));
+        match self {
+            // Nobody may be waiting any more.
+            Self::One(one) => drop(one.answer.send(Err(ProposeError::NotLeader))),
+            Self::Group(group) => group.refuse(&ProposeError::NotLeader),
+        }
+    }
+
+    /// Answers with the results of the entry, as many as there are commands; without one, with the error.
+    fn answer(self, results: &mut impl Iterator<Item = Answer>) {
+        match self {
+            // Nobody may be waiting any more.
+            Self::One(one) => drop(results.next().map(|result| one.answer.send(result))),
+            Self::Group(mut group) => {
+                let commands = std::mem::take(&mut group.commands);
+                group.answers.answer(commands.into_iter().map(|(ticket, _)| ticket).zip(results));
+            }
+        }
+    }
+
+    fn commands(&self) -> impl Iterator<Item = &Bytes> {
+        let (one, group) = match self {
+            Self::One(one) => (Some(&one.command), None),
+            Self::Group(group) => (None, Some(&group.commands)),
+        };
+        one.into_iter().chain(group.into_iter().flatten().map(|(_, command)| command))
+    }
+}
+
+impl Group {
+    /// Lets all commands leave the queue, and answers those that are wanted.
+    fn refuse(mut self, error: &ProposeError) {
+        let mut leaving = self.answers.leaving();
+        self.commands.retain(|(ticket, _)| leaving.take(ticket.serial));
+        drop(leaving);
+        self.answer_all(error);
+    }
+
+    fn answer_all(mut self, error: &ProposeError) {
+        let commands = std::mem::take(&mut self.commands);
+        self.answers.answer(commands.into_iter().map(|(ticket, _)| (ticket, Err(error.clone()))));
+    }
+
+    fn refuse_too_large(&mut self) {
+        let (fitting, large): (_, VecDeque<_>) =
+            std::mem::take(&mut self.commands).into_iter().partition(|(_, command)| check_size(command).is_ok());
+        self.commands = fitting;
+        let refusal = |(ticket, command)| (ticket, check_size(&command).map(|()| Bytes::new()));
+        self.answers.answer(large.into_iter().map(refusal));
+    }
+
+    /// Takes the first commands that somebody waits for, as many as fit into `room`. What is left has none that fits.
+    fn cut(&mut self, room: &mut Room) -> Self {
+        let mut taken = Self {
+            commands: VecDeque::with_capacity(self.commands.len().min(room.commands)),
+            answers: self.answers.clone(),
+            pending_bytes: None,
+        };
+        let mut leaving = self.answers.leaving();
+        if leaving.closed() {
+            self.commands.clear();
+        }
+        let mut cost = 0;
+        while let Some((ticket, command)) = self.commands.pop_front() {
+            if !room.fits(&command) {
+                self.commands.push_front((ticket, command));
+                break;
+            }
+            cost += pending_cost(&command);
+            if leaving.take(ticket.serial) {
+                room.take(&command);
+                taken.commands.push_back((ticket, command));
+            }
+        }
+        drop(leaving);
+        taken.pending_bytes = match &mut self.pending_bytes {
+            whole if self.commands.is_empty() => whole.take(),
+            whole => whole.as_mut().and_then(|whole| whole.split(cost)),
+        };
+        taken
+    }
+}
+
+impl Drop for Group {
+    /// openraft has stopped, or the batcher has.
+    fn drop(&mut self) {
+        let left = std::mem::take(&mut self.commands);
+        if !left.is_empty() {
+            self.answers.answer(left.into_iter().map(|(ticket, _)| (ticket, Err(ProposeError::Stopped))));
+        }
+    }
+}
+
+/// What still fits into an entry.
+struct Room {
+    commands: usize,
+    bytes: usize,
+    empty: bool,
+}
+
+impl Room {
+    fn of_an_entry() -> Self {
+        Self { commands: BATCH_COMMANDS_MAX, bytes: BATCH_BYTES_MAX, empty: true }
+    }
+
+    /// A single command may have any size.
+    fn fits(&self, command: &Bytes) -> bool {
+        self.empty || (self.commands > 0 && command.len() + COMMAND_OVERHEAD_BYTES <= self.bytes)
+    }
+
+    fn take(&mut self, command: &Bytes) {
+        self.empty = false;
+        self.commands -= 1;
+        self.bytes = self.bytes.saturating_sub(command.len() + COMMAND_OVERHEAD_BYTES);
     }
 }
 
@@ -123,7 +314,7 @@ struct Batcher {
     leadership: Arc<Leadership>,
     metrics: Arc<Metrics>,
     in_flight: Arc<Semaphore>,
-    /// Taken from the queue but too large for the batch at hand: the first of the next one.
+    /// Taken from the queue, but does not fit into the batch at hand, or not as a whole: the first of the next one.
     held_back: Option<Proposal>,
 }
 
@@ -139,12 +330,10 @@ impl Batcher {
                     None => return,
                 },
             };
-            if first.answer.is_closed() {
-                continue;
-            }
             let batch = self.fill(first, &mut proposals);
-            self.metrics.batch(batch.len());
-            self.submit(batch, slot).await;
+            if !batch.is_empty() {
+                self.submit(batch, slot).await;
+            }
         }
     }
 
@@ -167,22 +356,33 @@ impl Batcher {
         }
     }
 
+    /// Gathers what fits into one entry. Nothing, if nobody waits for any of it.
     fn fill(&mut self, first: Proposal, proposals: &mut mpsc::Receiver<Proposal>) -> Vec<Proposal> {
-        let mut bytes = first.command.len() + COMMAND_OVERHEAD_BYTES;
-        let mut batch = vec![first];
-        while batch.len() < BATCH_COMMANDS_MAX {
-            let Ok(proposal) = proposals.try_recv() else { break };
-            // Nobody waits for it any more, and nobody was told that it was applied.
-            if proposal.answer.is_closed() {
-                continue;
+        let mut room = Room::of_an_entry();
+        let mut batch = Vec::new();
+        let mut next = Some(first);
+        while let Some(proposal) = next.take() {
+            match proposal {
+                // Nobody waits for it any more, and nobody was told that it was applied.
+                Proposal::One(one) if one.answer.is_closed() => {}
+                Proposal::One(one) if room.fits(&one.command) => {
+                    room.take(&one.command);
+                    batch.push(Proposal::One(one));
+                }
+                Proposal::One(one) => self.held_back = Some(Proposal::One(one)),
+                Proposal::Group(mut group) => {
+                    let taken = group.cut(&mut room);
+                    if !taken.commands.is_empty() {
+                        batch.push(Proposal::Group(taken));
+                    }
+                    if !group.commands.is_empty() {
+                        self.held_back = Some(Proposal::Group(group));
+                    }
+                }
             }
-            let size = proposal.command.len() + COMMAND_OVERHEAD_BYTES;
-            if bytes + size > BATCH_BYTES_MAX {
-                self.held_back = Some(proposal);
-                break;
+            if self.held_back.is_none() && room.commands > 0 {
+                next = proposals.try_recv().ok();
             }
-            bytes += size;
-            batch.push(proposal);
         }
         batch
     }
@@ -190,22 +390,20 @@ impl Batcher {
     async fn submit(&self, batch: Vec<Proposal>, slot: OwnedSemaphorePermit) {
         let stamp = self.leadership.stamp();
         let store_time = stamp.map_or_else(StoreTime::default, |stamp| stamp.store_time);
-        let encoded = Batch::encode(store_time, batch.iter().map(|proposal| &proposal.command));
+        let commands: Vec<&Bytes> = batch.iter().flat_map(Proposal::commands).collect();
+        self.metrics.batch(commands.len());
+        let encoded = Batch::encode(store_time, commands.into_iter());
         let answer_all = move |result: WriteResult| {
             drop(slot);
             match result {
                 Ok(response) => {
                     // One answer per command: the state machine's contract.
-                    for (proposal, answer) in batch.into_iter().zip(response.data.0) {
-                        // Nobody may be waiting any more.
-                        let _ = proposal.answer.send(Ok(answer));
-                    }
+                    let mut answers = response.data.0.into_iter().map(Ok);
+                    batch.into_iter().for_each(|proposal| proposal.answer(&mut answers));
                 }
                 Err(error) => {
-                    let error = explain(error);
-                    for proposal in batch {
-                        let _ = proposal.answer.send(Err(error.clone()));
-                    }
+                    let mut errors = std::iter::repeat(Err(explain(error)));
+                    batch.into_iter().for_each(|proposal| proposal.answer(&mut errors));
                 }
             }
         };

@@ -1,6 +1,8 @@
 //! Clusters of real nodes in one process: real openraft, real gRPC on loopback; storage in memory, and a state machine
 //! that is a list. Whatever needs processes that die is tested on the real binary.
 
+mod groups;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -33,11 +33,16 @@ pub(super) fn is_due(due: Option<StoreTime>, now: StoreTime) -> bool {
 impl Engine {
     /// Waits until nothing is due that is due at this moment of store time. Does nothing on a node that does not lead.
     pub(super) async fn settle_now(&self, deadline: Deadline) -> Result<(), EngineError> {
-        let Some(due) = self.inner.kv.due() else { return Ok(()) };
-        match self.inner.consensus.store_time() {
-            Some(now) if due <= now => self.settle(now, deadline).await,
-            _ => Ok(()),
+        match self.due_now() {
+            Some(now) => self.settle(now, deadline).await,
+            None => Ok(()),
         }
+    }
+
+    /// This moment of store time, if something is due at it. `None` on a node that does not lead.
+    pub(super) fn due_now(&self) -> Option<StoreTime> {
+        let due = self.inner.kv.due()?;
+        self.inner.consensus.store_time().filter(|now| due <= *now)
     }
 
     /// Waits until nothing is due at `now`.

@@ -16,6 +16,7 @@ mod expiry;
 mod history;
 mod leases;
 mod maintenance;
+mod pipeline;
 mod reads;
 mod renewals;
 mod sessions;
@@ -32,6 +33,7 @@ use d_engine_proto::{NodeId, Revision, limits, v1};
 use tokio::task::JoinSet;
 
 pub use error::EngineError;
+pub(crate) use pipeline::Pipeline;
 pub use status::VERSION;
 
 use crate::consensus::{Consensus, LeaderInfo, Role};
@@ -181,6 +183,9 @@ fn check_size(bytes: usize) -> Result<(), EngineError> {
     let max = limits::REQUEST_BYTES_MAX;
     if bytes as u64 > max { Err(EngineError::TooLarge { bytes, max }) } else { Ok(()) }
 }
+
+/// What a call waits for that has not begun.
+const TURN: &str = "its turn";
 
 fn late(waiting_for: &'static str) -> EngineError {
     EngineError::DeadlineExceeded { waiting_for, outcome: v1::Outcome::NotApplied }

@@ -33,8 +33,7 @@ impl Engine {
         request: v1::GetManyRequest,
         deadline: Deadline,
     ) -> Result<v1::GetManyResponse, EngineError> {
-        check_size(request.encoded_len())?;
-        kv::validate_get_many(&request)?;
+        check_get_many(&request)?;
         let (header, response) =
             self.read(request.read, deadline, request, Store::get_many, PastStore::get_many).await?;
         Ok(v1::GetManyResponse { header, ..response })
@@ -81,7 +80,7 @@ impl Engine {
         options: v1::ReadOptions,
         deadline: Deadline,
     ) -> Result<(ReadPoint, Option<StoreTime>), EngineError> {
-        let settled = self.earn(options.consistency(), deadline).await?;
+        let settled = self.earn(self.policy(options.consistency())?, deadline).await?;
         self.wait_for_revision(Revision(options.min_revision), deadline).await?;
         loop {
             match (self.inner.kv.at(Revision(options.revision))?, settled) {
@@ -94,13 +93,23 @@ impl Engine {
         }
     }
 
-    async fn earn(&self, asked: v1::Consistency, deadline: Deadline) -> Result<Option<StoreTime>, EngineError> {
+    /// The policy by which a read is served.
+    pub(super) fn policy(&self, asked: v1::Consistency) -> Result<v1::Consistency, EngineError> {
         let ReadPolicy { default, allow_client_override } = self.inner.config.read_policy;
-        let policy = match asked {
-            v1::Consistency::Unspecified => default,
-            asked if asked == default || allow_client_override => asked,
-            _ => return Err(EngineError::PolicyFixed { default }),
-        };
+        match asked {
+            v1::Consistency::Unspecified => Ok(default),
+            asked if asked == default || allow_client_override => Ok(asked),
+            _ => Err(EngineError::PolicyFixed { default }),
+        }
+    }
+
+    /// Earns the right to answer reads that have arrived from memory; and the store time by which they may show nothing
+    /// that was due, if the policy promises that.
+    pub(super) async fn earn(
+        &self,
+        policy: v1::Consistency,
+        deadline: Deadline,
+    ) -> Result<Option<StoreTime>, EngineError> {
         let consensus = &self.inner.consensus;
         let earned = async {
             if policy == v1::Consistency::Eventual {
@@ -130,11 +139,13 @@ impl Engine {
         match tokio::time::timeout_at(deadline, revision.wait_for(|applied| *applied >= minimum)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(self.unavailable("it is stopping")),
-            Err(_) => {
-                let applied = *self.inner.kv.revisions().borrow();
-                Err(EngineError::Behind { node: self.inner.consensus.node_id(), applied, minimum })
-            }
+            Err(_) => Err(self.behind(minimum)),
         }
+    }
+
+    pub(super) fn behind(&self, minimum: Revision) -> EngineError {
+        let applied = *self.inner.kv.revisions().borrow();
+        EngineError::Behind { node: self.inner.consensus.node_id(), applied, minimum }
     }
 
     fn explain_read(&self, error: ReadIndexError) -> EngineError {
@@ -144,6 +155,17 @@ impl Engine {
             ReadIndexError::Overloaded { .. } => EngineError::Overloaded { reason: error.to_string() },
         }
     }
+}
+
+pub(super) fn check_get_many(request: &v1::GetManyRequest) -> Result<(), EngineError> {
+    check_size(request.encoded_len())?;
+    Ok(kv::validate_get_many(request)?)
+}
+
+/// For a transaction that cannot write.
+pub(super) fn check_txn(request: &v1::TxnRequest) -> Result<(), EngineError> {
+    check_size(request.encoded_len())?;
+    Ok(kv::validate_txn(request)?)
 }
 
 fn explain_past(error: ReadError) -> EngineError {

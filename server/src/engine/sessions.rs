@@ -2,7 +2,7 @@
 
 use std::hash::Hasher;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use d_engine_proto::defaults;
 use d_engine_proto::v1::{self, command::Command as Change, command_reply::Reply};
 use prost::Message;
@@ -20,13 +20,10 @@ impl Engine {
     /// As [`put`](Self::put).
     pub async fn register_session(
         &self,
-        mut request: v1::SessionRegisterRequest,
+        request: v1::SessionRegisterRequest,
         deadline: Deadline,
     ) -> Result<v1::SessionRegisterResponse, EngineError> {
-        if request.ttl_ms == 0 {
-            request.ttl_ms = defaults::SESSION_TTL_MS;
-        }
-        let (header, reply) = self.propose(Change::SessionRegister(request), deadline).await?;
+        let (header, reply) = self.propose(registration(request), deadline).await?;
         match reply {
             Reply::SessionRegister(response) => Ok(v1::SessionRegisterResponse { header, ..response }),
             _ => Err(EngineError::Stopped),
@@ -66,6 +63,14 @@ impl Engine {
     }
 }
 
+/// The change that opens a session, which says for how long: the default may be another one where it is applied.
+pub(super) fn registration(mut request: v1::SessionRegisterRequest) -> Change {
+    if request.ttl_ms == 0 {
+        request.ttl_ms = defaults::SESSION_TTL_MS;
+    }
+    Change::SessionRegister(request)
+}
+
 /// Takes the session out of a request: the command carries it. Those of nested requests stay, and are refused.
 pub(super) fn take_session(change: &mut Change) -> Option<v1::SessionCall> {
     match change {
@@ -85,15 +90,18 @@ pub(super) fn take_session(change: &mut Change) -> Option<v1::SessionCall> {
     }
 }
 
-/// The command as it is proposed; under a session, with the hash of what it does.
-pub(super) fn encode(mut command: v1::Command) -> Bytes {
-    let Some(session) = command.session.take() else { return command.encode_to_vec().into() };
-    let mut bytes = Vec::with_capacity(command.encoded_len() + SESSION_BYTES_MAX);
-    command.encode_raw(&mut bytes);
-    let payload_hash = payload_hash(&bytes);
-    // The encodings of two parts of a message, one behind the other, are the encoding of the whole.
-    v1::Command { command: None, session: Some(session), payload_hash, trace: None }.encode_raw(&mut bytes);
-    bytes.into()
+/// The command as it is proposed; under a session, with the hash of what it does. Takes what it needs of an empty
+/// buffer, in which many commands may come to lie behind each other.
+pub(super) fn encode(mut command: v1::Command, buffer: &mut BytesMut) -> Bytes {
+    let session = command.session.take();
+    buffer.reserve(command.encoded_len() + if session.is_some() { SESSION_BYTES_MAX } else { 0 });
+    command.encode_raw(buffer);
+    if session.is_some() {
+        let payload_hash = payload_hash(buffer);
+        // The encodings of two parts of a message, one behind the other, are the encoding of the whole.
+        v1::Command { command: None, session, payload_hash, trace: None }.encode_raw(buffer);
+    }
+    buffer.split().freeze()
 }
 
 /// SipHash-2-4 with the key zero. Stands in the log and is compared with that of a repetition, which may come through
@@ -115,7 +123,8 @@ mod tests {
 
     fn proposed(mut change: Change) -> v1::Command {
         let session = take_session(&mut change);
-        v1::Command::decode(encode(v1::Command { command: Some(change), session, ..v1::Command::default() })).unwrap()
+        let command = v1::Command { command: Some(change), session, ..v1::Command::default() };
+        v1::Command::decode(encode(command, &mut BytesMut::new())).unwrap()
     }
 
     #[test]

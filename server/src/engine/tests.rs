@@ -1,5 +1,7 @@
 //! Clusters of whole engines in one process: real consensus and stores, ports on loopback, the log in memory.
 
+mod pipeline;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -1,11 +1,12 @@
 //! Writes: checked, encoded once, proposed, and their answers told apart.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use d_engine_proto::v1::{self, command::Command as Change, command_reply::Reply, txn_operation::Operation};
 use d_engine_proto::{ErrorCode, Revision, limits};
 use prost::Message;
 
-use super::{Deadline, Engine, EngineError, check_size, late, sessions};
+use super::reads::check_txn;
+use super::{Deadline, Engine, EngineError, TURN, check_size, late, sessions};
 use crate::consensus::ProposeError;
 use crate::state_machine::kv::{self, PastStore, Store};
 
@@ -76,8 +77,7 @@ impl Engine {
     /// As [`put`](Self::put).
     pub async fn txn(&self, request: v1::TxnRequest, deadline: Deadline) -> Result<v1::TxnResponse, EngineError> {
         if kv::is_read_only(&request) {
-            check_size(request.encoded_len())?;
-            kv::validate_txn(&request)?;
+            check_txn(&request)?;
             let (header, response) = self.read(request.read, deadline, request, Store::txn, PastStore::txn).await?;
             return Ok(v1::TxnResponse { header, ..response });
         }
@@ -91,9 +91,23 @@ impl Engine {
     /// Proposes a change and waits for what the state machine answers.
     pub(super) async fn propose(
         &self,
-        mut change: Change,
+        change: Change,
         deadline: Deadline,
     ) -> Result<(Option<v1::ResponseHeader>, Reply), EngineError> {
+        let encoded = self.prepare(change, &mut BytesMut::new())?;
+        if Deadline::now() >= deadline {
+            return Err(late(TURN));
+        }
+        self.settle_now(deadline).await?;
+        let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
+            Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
+            Err(_) => return Err(uncommitted()),
+        };
+        self.read_reply(answer)
+    }
+
+    /// Checks a change, and encodes the command that is proposed into a part of `buffer`.
+    pub(super) fn prepare(&self, mut change: Change, buffer: &mut BytesMut) -> Result<Bytes, EngineError> {
         if !self.inner.config.leases_enabled && makes_lease(&change) {
             return Err(EngineError::LeasesDisabled);
         }
@@ -101,22 +115,11 @@ impl Engine {
         let command = v1::Command { command: Some(change), session, ..v1::Command::default() };
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
-        if Deadline::now() >= deadline {
-            return Err(late("its turn"));
-        }
-        let encoded = sessions::encode(command);
-        self.settle_now(deadline).await?;
-        let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
-            Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
-            Err(_) => {
-                let outcome = v1::Outcome::Unknown;
-                return Err(EngineError::DeadlineExceeded { waiting_for: "the write to be committed", outcome });
-            }
-        };
-        self.read_reply(answer)
+        Ok(sessions::encode(command, buffer))
     }
 
-    fn read_reply(&self, answer: Bytes) -> Result<(Option<v1::ResponseHeader>, Reply), EngineError> {
+    /// What the state machine answered, and the header that belongs to it.
+    pub(super) fn read_reply(&self, answer: Bytes) -> Result<(Option<v1::ResponseHeader>, Reply), EngineError> {
         let reply = v1::CommandReply::decode(answer).map_err(|_| EngineError::Stopped)?;
         let header = self.header(Revision(reply.revision));
         match reply.reply {
@@ -151,6 +154,11 @@ impl Engine {
             ProposeError::Stopped => EngineError::Stopped,
         }
     }
+}
+
+/// The deadline passed, and the command may be in a log entry.
+pub(super) fn uncommitted() -> EngineError {
+    EngineError::DeadlineExceeded { waiting_for: "the write to be committed", outcome: v1::Outcome::Unknown }
 }
 
 /// Whether a change opens a lease, or puts a key with a time to live.

@@ -36,6 +36,11 @@ impl Deadlines {
         };
         Ok(Deadline::now() + shortened(timeout))
     }
+
+    /// How long the answer to an operation of a pipeline may take that has `timeout_us` microseconds left, or 0.
+    pub(super) fn of_operation(self, timeout_us: u64) -> Duration {
+        shortened(if timeout_us == 0 { self.default } else { Duration::from_micros(timeout_us) })
+    }
 }
 
 fn shortened(timeout: Duration) -> Duration {

@@ -13,6 +13,7 @@ mod lease;
 mod listener;
 mod maintenance;
 mod observe;
+mod pipeline;
 mod server;
 mod session;
 #[cfg(test)]

@@ -18,6 +18,7 @@ use super::deadline::Deadlines;
 use super::error::ServeError;
 use super::listener::{End, Listener, affordable};
 use super::observe::observe;
+use super::pipeline::PipelineService;
 use super::watch::WatchService;
 use super::{Service, health};
 use crate::config::RaftNodeConfig;
@@ -42,7 +43,9 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
     let network = config.network.clone();
     async move {
         let (reporter, health_service) = tonic_health::server::health_reporter();
-        let service = Arc::new(Service { engine: engine.clone(), deadlines: Deadlines::new(network.call_timeout) });
+        let deadlines = Deadlines::new(network.call_timeout);
+        let service = Arc::new(Service { engine: engine.clone(), deadlines });
+        let (draining, mut drain) = watch::channel(false);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -55,6 +58,7 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
             .add_service(MaintenanceServer::from_arc(service.clone()).max_decoding_message_size(message_max))
             .add_service(ClusterServer::from_arc(service).max_decoding_message_size(message_max))
             .add_service(WatchService::new(engine.clone()))
+            .add_service(PipelineService::new(engine.clone(), deadlines, metrics.clone(), drain.clone()))
             .add_service(peers)
             .add_service(health_service)
             .add_service(reflection);
@@ -84,7 +88,6 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
             Some((Ok::<_, std::io::Error>(connection), listener))
         });
 
-        let (draining, mut drain) = watch::channel(false);
         let watches = engine.watches().cloned();
         let shutdown = async move {
             shutdown.await;

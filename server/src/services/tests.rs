@@ -1,5 +1,6 @@
 //! The services of a real node of one, over a real port: what a client sees of errors, limits and bad input.
 
+mod pipeline;
 mod watch;
 
 use std::net::SocketAddr;

@@ -1,0 +1,138 @@
+//! Pipelines of a cluster, without a wire in between.
+
+use std::future::poll_fn;
+use std::task::Poll;
+
+use d_engine_proto::v1::answer::Reply;
+use d_engine_proto::v1::operation::Request as Asked;
+
+use super::*;
+use crate::engine::Pipeline;
+
+/// Begins operations that arrive together, with ids from 1 on, and waits for their answers.
+async fn ask(pipeline: &mut Pipeline, requests: Vec<Asked>) -> Vec<Reply> {
+    pipeline.arrive();
+    let count = requests.len();
+    for (id, request) in (1..).zip(requests) {
+        let operation = v1::Operation { id, request: Some(request), ..Default::default() };
+        pipeline.begin(operation, 1, PATIENCE).unwrap();
+    }
+    let mut answers = Vec::new();
+    while answers.len() < count {
+        let more = poll_fn(|context| {
+            pipeline.poll(context);
+            let taken: Vec<_> = pipeline.take_answers().map(|answered| answered.answer).collect();
+            if taken.is_empty() { Poll::Pending } else { Poll::Ready(taken) }
+        });
+        answers.extend(within(more).await);
+    }
+    answers.sort_by_key(|answer| answer.id);
+    answers.into_iter().map(|answer| answer.reply.unwrap()).collect()
+}
+
+fn get(key: &'static str, consistency: Consistency) -> Asked {
+    let read = v1::ReadOptions { consistency: consistency.into(), ..Default::default() };
+    Asked::Get(v1::GetRequest { key: key.into(), read: Some(read) })
+}
+
+#[track_caller]
+fn value(reply: &Reply) -> Option<&v1::KeyValue> {
+    let Reply::Get(get) = reply else { panic!("{reply:?}") };
+    get.kv.as_ref()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_answers_the_reads_it_may_and_names_the_leader_for_the_rest() {
+    let cluster = Cluster::start(3).await;
+    let (leader, followers) = cluster.roles().await;
+    leader.put("k").await;
+    let mut pipeline = Pipeline::new(followers[0].engine.clone());
+    let requests = vec![
+        Asked::Put(put("k")),
+        get("k", Consistency::Linearizable),
+        get("k", Consistency::Lease),
+        Asked::LeaseRenew(v1::LeaseRenewRequest { lease: 1 }),
+        get("k", Consistency::Eventual),
+    ];
+    let replies = ask(&mut pipeline, requests).await;
+    assert!(value(&replies[1]).is_some(), "what was acknowledged is read everywhere");
+    assert!(matches!(replies[4], Reply::Get(_)));
+    for refused in [&replies[0], &replies[2], &replies[3]] {
+        let Reply::Error(error) = refused else { panic!("{refused:?}") };
+        let detail = error.detail.as_ref().unwrap();
+        assert_eq!(ErrorCode::from_number(detail.code), Some(ErrorCode::NotLeader));
+        assert_eq!(detail.leader.as_ref().unwrap().node_id, leader.engine.consensus().node_id().get());
+    }
+    assert!(pipeline.is_idle());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_waits_for_the_revision_it_asks_for_and_others_do_not_wait_for_it() {
+    let cluster = Cluster::start(1).await;
+    let (leader, _) = cluster.roles().await;
+    let read = Some(v1::ReadOptions { consistency: Consistency::Eventual.into(), min_revision: 2, revision: 0 });
+    let mut pipeline = Pipeline::new(leader.engine.clone());
+    let late = Asked::Get(v1::GetRequest { key: "b".into(), read });
+    // The second write makes the revision the read waits for, or the other one does.
+    let requests = vec![late, Asked::Put(put("a")), Asked::Put(put("b")), get("none", Consistency::Eventual)];
+    let replies = ask(&mut pipeline, requests).await;
+    assert!(value(&replies[0]).is_some());
+    assert_eq!(value(&replies[3]), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_due_is_never_read_in_a_pipeline_by_a_read_that_promises_the_present() {
+    let cluster = Cluster::start(3).await;
+    let (leader, followers) = cluster.roles().await;
+    let mut pipeline = Pipeline::new(leader.engine.clone());
+    let mut elsewhere = Pipeline::new(followers[0].engine.clone());
+    for _ in 0..5 {
+        let replies = ask(&mut pipeline, vec![Asked::Put(v1::PutRequest { ttl_ms: 150, ..put("k") })]).await;
+        let Reply::Put(written) = &replies[0] else { panic!("{replies:?}") };
+        let Some(deadline) = leader.kv.current().lease(LeaseId(written.lease)).map(|lease| lease.deadline) else {
+            continue;
+        };
+        loop {
+            let before = leader.now();
+            let reads = vec![get("k", Consistency::Linearizable), get("k", Consistency::Lease)];
+            let mut replies = ask(&mut pipeline, reads).await;
+            replies.extend(ask(&mut elsewhere, vec![get("k", Consistency::Linearizable)]).await);
+            let shown = replies.iter().any(|reply| value(reply).is_some());
+            assert!(!shown || before < deadline, "shown at {before:?}, due at {deadline:?}");
+            // A write meets what a read would have shown.
+            let swap = v1::CompareAndSwapRequest { key: "k".into(), expected: Some("v".into()), ..Default::default() };
+            let before = leader.now();
+            let swapped = ask(&mut pipeline, vec![Asked::CompareAndSwap(swap)]).await;
+            let Reply::CompareAndSwap(swapped) = &swapped[0] else { panic!("{swapped:?}") };
+            assert!(!swapped.succeeded || before < deadline);
+            if !shown || swapped.succeeded {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_that_is_dropped_leaves_nothing_pending() {
+    let cluster = Cluster::start(1).await;
+    let (leader, _) = cluster.roles().await;
+    let mut pipeline = Pipeline::new(leader.engine.clone());
+    pipeline.arrive();
+    for id in 1..=1000 {
+        let request = if id % 2 == 0 { Asked::Put(put("k")) } else { get("k", Consistency::Linearizable) };
+        pipeline.begin(v1::Operation { id, request: Some(request), ..Default::default() }, 1, PATIENCE).unwrap();
+    }
+    poll_fn(|context| {
+        pipeline.poll(context);
+        Poll::Ready(())
+    })
+    .await;
+    drop(pipeline);
+    leader.put("other").await;
+    within(async {
+        while leader.engine.consensus().pending_bytes() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
