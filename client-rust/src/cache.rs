@@ -172,8 +172,9 @@ impl IntoFuture for CacheCall {
                 Content { view: CacheView::of(revision, kvs), changes: Some(broadcast::Sender::new(CHANGES_MAX)) };
             let status = Status { revision, live: true, error: None };
             let local = Arc::new(Local { content: RwLock::new(content), status: watch::Sender::new(status) });
-            let runtime = client.shared().runtime.clone();
-            let task = runtime.spawn(keep_fresh(Arc::clone(&local), client, list, watch)).abort_handle();
+            let (client, list) = (client.uncancelled(), list.uncancelled());
+            let tasks = client.shared().tasks.clone();
+            let task = tasks.spawn(keep_fresh(Arc::clone(&local), client, list, watch)).abort_handle();
             Ok(Cache { owner: Arc::new(Owner { local, task }) })
         }
         .boxed()

@@ -1,25 +1,30 @@
 //! One call: attempts within one deadline, each to the node that the topology picks.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use d_engine_proto::{DetailedStatus, ErrorCode, limits, v1};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic_prost::ProstCodec;
 use tracing::Instrument;
 
-use crate::client::{Client, Shared};
+use crate::client::{Client, Shared, State};
 use crate::clock::Moment;
 use crate::cluster::Leader;
+use crate::connection::Connection;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
 use crate::namespace::Leave as _;
 use crate::options::bounded;
+use crate::pipeline::{self, Barred, Link, Waiting, Word};
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::session::Ticket;
 use crate::topology::{Address, Pick, Route};
+use crate::until::{Ended, Until};
 use crate::wire::Unary;
 
 /// Bytes of an answer; what is larger is refused instead of filling the memory. As much as generated stubs of every
@@ -28,10 +33,12 @@ pub(crate) const REPLY_BYTES_MAX: usize = 4 << 20;
 const _: () = assert!(limits::ANSWER_BYTES_MAX + (64 << 10) <= REPLY_BYTES_MAX as u64);
 /// An attempt that takes longer makes the client ask whether somebody else leads by now. A node is not backed off for
 /// having less time than this.
-const SUSPECT_AFTER: Duration = Duration::from_millis(300);
+pub(crate) const SUSPECT_AFTER: Duration = Duration::from_millis(300);
 /// An attempt that can be repeated gets this part of the call's timeout, so that others get a chance if its node is
 /// silent.
 const ATTEMPTS: u32 = 4;
+/// How long a cancelled call waits for what its node says became of it.
+const CANCEL_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How a call is to be served.
 #[derive(Clone, Copy, Debug)]
@@ -43,8 +50,7 @@ pub(crate) struct Plan {
 
 /// Why no node could be chosen.
 pub(crate) enum Unchosen {
-    Deadline,
-    Closed,
+    Ended(Ended),
     /// Whoever answers belongs to another cluster.
     Foreign(String),
 }
@@ -52,9 +58,10 @@ pub(crate) enum Unchosen {
 impl Client {
     /// Makes a call, as often as it takes and the deadline allows.
     pub(crate) async fn call<R: Unary>(&self, mut request: R, plan: Plan) -> Result<R::Reply, Error> {
+        request.check().map_err(|message| Error::invalid(R::OPERATION, message))?;
         request.enter(self.space()).map_err(|error| Error::invalid(R::OPERATION, error.to_string()))?;
         let span = tracing::debug_span!("d_engine_call", operation = R::OPERATION);
-        let mut result = self.shared().call(request, plan).instrument(span).await;
+        let mut result = self.shared().call(request, plan, self.cancel()).instrument(span).await;
         match &mut result {
             Ok(reply) => reply.leave(self.space()),
             Err(error) => {
@@ -77,7 +84,10 @@ impl Client {
         let address = Address::parse(address).map_err(|message| Error::invalid(R::OPERATION, message))?;
         let shared = self.shared();
         shared.counters.calls.add();
-        shared.attempt(&address, request, Instant::now() + bounded(timeout)).await.map_err(|failure| {
+        let until = Until::new(Instant::now() + bounded(timeout), self.cancel());
+        let _place = shared.place(R::OPERATION, request.encoded_len(), &until).await?;
+        // A node that is asked once needs no pipeline.
+        shared.attempt_unary(Target::begin(shared, &address), request, &until).await.map_err(|failure| {
             shared.counters.failures.add();
             failure.into_error(R::OPERATION, Resend::Idempotent, address.as_str())
         })
@@ -85,12 +95,31 @@ impl Client {
 }
 
 impl Shared {
-    async fn call<R: Unary>(self: &Arc<Self>, request: R, plan: Plan) -> Result<R::Reply, Error> {
+    async fn call<R: Unary>(
+        self: &Arc<Self>,
+        mut request: R,
+        plan: Plan,
+        cancel: Option<&CancellationToken>,
+    ) -> Result<R::Reply, Error> {
         self.counters.calls.add();
-        self.state.lock().budget.deposit();
+        if self.options.monotonic_reads
+            && let Some(Some(read)) = request.read_options()
+            && (read.min_revision, read.revision) == (0, 0)
+        {
+            read.min_revision = self.seen.load(Ordering::Relaxed);
+        }
+        let bytes = request.encoded_len();
+        if bytes as u64 > limits::REQUEST_BYTES_MAX {
+            return Err(too_large(R::OPERATION, bytes));
+        }
+        let until = Until::new(Instant::now() + bounded(plan.timeout), cancel);
+        let _place = self.place(R::OPERATION, bytes, &until).await?;
         let mut doubt = false;
-        match self.attempts(request, plan, &mut doubt).await {
-            Ok((reply, _)) => Ok(reply),
+        match self.attempts(request, plan, &until, &mut doubt).await {
+            Ok((reply, _)) => {
+                self.saw(R::header(&reply).map_or(0, |header| header.revision));
+                Ok(reply)
+            }
             Err(error) if doubt => Err(error.in_doubt()),
             Err(error) => Err(error),
         }
@@ -102,10 +131,11 @@ impl Shared {
         self: &Arc<Self>,
         mut request: R,
         plan: Plan,
+        until: &Until<'_>,
         doubt: &mut bool,
     ) -> Result<(R::Reply, Moment), Error> {
         let timeout = bounded(plan.timeout);
-        let deadline = Instant::now() + timeout;
+        let deadline = until.deadline;
         let mut under_session =
             plan.resend == Resend::IfNotApplied && self.options.sessions && request.session().is_some();
         let mut ticket: Option<Ticket> = None;
@@ -114,29 +144,32 @@ impl Shared {
         let mut last: Option<(Address, Failure)> = None;
         loop {
             if under_session && ticket.is_none() {
-                ticket = self.ticket(R::OPERATION, deadline).await?;
+                ticket = self.ticket(R::OPERATION, until).await?;
                 under_session = ticket.is_some();
                 if let Some(session) = request.session() {
                     *session = ticket.as_ref().map(Ticket::call);
                 }
             }
             let resend = if ticket.is_some() { Resend::Repeatable } else { plan.resend };
-            let address = match self.choose(plan.route, &tried, deadline).await {
-                Ok(address) => address,
-                Err(Unchosen::Closed) => return Err(Error::closed(R::OPERATION)),
-                Err(Unchosen::Deadline) => {
-                    return Err(self.spent(R::OPERATION, timeout, retries, last, plan.route, resend));
+            let (target, another) = match self.choose_target(plan.route, &tried, until).await {
+                Ok(chosen) => chosen,
+                Err(Unchosen::Ended(ended)) => {
+                    return Err(ended.error(R::OPERATION, || {
+                        self.spent(R::OPERATION, timeout, retries, last, plan.route, resend)
+                    }));
                 }
                 Err(Unchosen::Foreign(message)) => {
                     return Err(Error::new(R::OPERATION, ErrorKind::WrongCluster, Outcome::NotApplied, message));
                 }
             };
-            let attempt_deadline = match resend {
-                Resend::IfNotApplied => deadline,
-                Resend::Idempotent | Resend::Repeatable => self.share(timeout, deadline),
+            let address = target.address.clone();
+            // Without a retry left to be made, it is the last attempt and has all the time that is left.
+            let attempt_until = match resend {
+                Resend::Idempotent | Resend::Repeatable if another => until.sooner(Instant::now() + timeout / ATTEMPTS),
+                _ => *until,
             };
             let sent = Moment::now();
-            let failure = match self.attempt(&address, request.clone(), attempt_deadline).await {
+            let failure = match self.attempt(target, &request, &attempt_until).await {
                 Ok(reply) => {
                     if let Some(ticket) = &ticket {
                         ticket.confirm(sent);
@@ -167,9 +200,14 @@ impl Shared {
             let Decision::Retry { elsewhere, at_least } = decision else {
                 return Err(failure.into_error(R::OPERATION, resend, address.as_str()));
             };
+            if until.is_cancelled() {
+                let message = format!("the call was cancelled; at last: {}", failure.message());
+                let outcome = failure.outcome(resend);
+                return Err(Error::new(R::OPERATION, ErrorKind::Cancelled, outcome, message).at(address.as_str()));
+            }
             let pause = {
                 let mut state = self.state.lock();
-                if !state.budget.withdraw(Instant::now()) {
+                if !state.budget.withdraw(Instant::now(), self.counters.calls.get()) {
                     self.counters.budget_exhausted.add();
                     return Err(failure.into_error(R::OPERATION, resend, address.as_str()));
                 }
@@ -188,45 +226,64 @@ impl Shared {
             if Instant::now() + pause >= deadline {
                 return Err(self.spent(R::OPERATION, timeout, retries, last, plan.route, resend));
             }
-            if !pause.is_zero() {
-                tokio::select! {
-                    () = tokio::time::sleep(pause) => {}
-                    () = self.closed.cancelled() => return Err(Error::closed(R::OPERATION)),
-                }
+            if !pause.is_zero()
+                && let Err(ended @ (Ended::Closed | Ended::Cancelled)) =
+                    self.wait(until, tokio::time::sleep(pause)).await
+            {
+                return Err(ended.error(R::OPERATION, || Error::closed(R::OPERATION)));
             }
         }
     }
 
-    /// Until when an attempt may last after which another one is possible. Without a retry left to be made, it is the
-    /// last one and has all the time that is left.
-    fn share(&self, timeout: Duration, deadline: Instant) -> Instant {
-        let now = Instant::now();
-        let another = self.state.lock().budget.affords_one(now);
-        if another { deadline.min(now + timeout / ATTEMPTS) } else { deadline }
+    /// Waits until there is a node to ask.
+    pub(crate) async fn choose(&self, route: Route, tried: &[Address], until: &Until<'_>) -> Result<Address, Unchosen> {
+        self.choose_then(route, tried, until, |_, _, _| ()).await.map(|(address, ())| address)
     }
 
-    /// Waits until there is a node to ask.
-    pub(crate) async fn choose(&self, route: Route, tried: &[Address], deadline: Instant) -> Result<Address, Unchosen> {
+    /// Waits until there is a node to ask, and counts an attempt there as begun. Tells beside whether another one could
+    /// follow.
+    async fn choose_target(
+        &self,
+        route: Route,
+        tried: &[Address],
+        until: &Until<'_>,
+    ) -> Result<(Target<'_>, bool), Unchosen> {
+        let begin = |state: &mut State, address: &Address, now| {
+            state.topology.begin(address);
+            state.budget.affords_one(now, self.counters.calls.get())
+        };
+        let (address, another) = self.choose_then(route, tried, until, begin).await?;
+        Ok((Target { shared: self, address, over: false }, another))
+    }
+
+    /// Chooses, and does `then` under the same lock.
+    async fn choose_then<T>(
+        &self,
+        route: Route,
+        tried: &[Address],
+        until: &Until<'_>,
+        then: impl Fn(&mut State, &Address, Instant) -> T,
+    ) -> Result<(Address, T), Unchosen> {
         let mut asked_for_news = false;
         loop {
             // Created before looking, so that no change after the look is missed.
             let changed = self.changed.notified();
             let now = Instant::now();
-            if self.closed.is_cancelled() {
-                return Err(Unchosen::Closed);
+            if now >= until.deadline {
+                return Err(Unchosen::Ended(Ended::Deadline));
             }
-            if now >= deadline {
-                return Err(Unchosen::Deadline);
-            }
-            let until = {
+            let look_again = {
                 let state = &mut *self.state.lock();
                 match state.topology.pick(route, tried, now, &mut state.rng) {
-                    Pick::Node(address) => return Ok(address),
-                    Pick::Wait(until) => {
+                    Pick::Node(address) => {
+                        let result = then(state, &address, now);
+                        return Ok((address, result));
+                    }
+                    Pick::Wait(look_again) => {
                         if let Some(foreign) = state.topology.estranged() {
                             return Err(Unchosen::Foreign(foreign.to_owned()));
                         }
-                        until.map_or(deadline, |until| until.min(deadline))
+                        look_again.map_or(until.deadline, |again| again.min(until.deadline))
                     }
                 }
             };
@@ -234,47 +291,111 @@ impl Shared {
                 asked_for_news = true;
                 self.refresh.notify_one();
             }
-            tokio::select! {
-                () = changed => {}
-                () = tokio::time::sleep_until(until) => {}
-                () = self.closed.cancelled() => return Err(Unchosen::Closed),
+            match self.wait(&until.sooner(look_again), changed).await {
+                Ok(()) | Err(Ended::Deadline) => {}
+                Err(ended) => return Err(Unchosen::Ended(ended)),
             }
         }
     }
 
-    /// Sends a request to one node, once.
+    /// Sends a request to one node, once, by the pipeline of the connection if both sides have one.
     pub(crate) async fn attempt<R: Unary>(
-        &self,
+        self: &Arc<Self>,
+        target: Target<'_>,
+        request: &R,
+        until: &Until<'_>,
+    ) -> Result<R::Reply, Failure> {
+        if !self.options.pipelined {
+            return self.attempt_unary(target, request.clone(), until).await;
+        }
+        let started = Instant::now();
+        let mut waiting = match self.submit(&target.address, request, until, started).await? {
+            Some(waiting) => waiting,
+            None => return self.attempt_unary(target, request.clone(), until).await,
+        };
+        let word = tokio::select! {
+            biased;
+            word = waiting.word() => word,
+            () = until.cancelled() => {
+                if waiting.withdraw() {
+                    return Err(Failure::Cancelled { sent: false });
+                }
+                waiting.cancel();
+                match tokio::time::timeout(CANCEL_PATIENCE, waiting.word()).await {
+                    Ok(word) => word,
+                    Err(_) => return Err(Failure::Cancelled { sent: true }),
+                }
+            }
+        };
+        match word {
+            Word::Answer(reply) => {
+                let reply = R::reply(reply).ok_or_else(pipeline::unreadable)?;
+                target.answered(R::header(&reply), started.elapsed()).map(|()| reply)
+            }
+            Word::Failed(failure) => Err(failure),
+            Word::Unary => self.attempt_unary(target, request.clone(), until).await,
+        }
+    }
+
+    /// Puts a request into the pipeline of a connection; `None` if the node has none.
+    async fn submit<R: Unary>(
+        self: &Arc<Self>,
         address: &Address,
+        request: &R,
+        until: &Until<'_>,
+        started: Instant,
+    ) -> Result<Option<Waiting>, Failure> {
+        let bytes = request.encoded_len();
+        // A link that has ended meanwhile has a successor with the next connection. Another end says more of the node.
+        for _ in 0..2 {
+            let connection = self.connection(address, until, started).await?;
+            let operation = request.clone().into_operation();
+            match Link::submit(self, address, &connection, operation, bytes, until.deadline) {
+                Ok(waiting) => return Ok(Some(waiting)),
+                Err(Barred::Unary) => return Ok(None),
+                Err(Barred::Over) => {}
+            }
+        }
+        Err(Failure::NotSent(Cause::text("the node takes no operations")))
+    }
+
+    /// The connection to a node, made if there is none.
+    async fn connection(&self, address: &Address, until: &Until<'_>, started: Instant) -> Result<Connection, Failure> {
+        if let Some(connection) = self.connections.ready(address) {
+            return Ok(connection);
+        }
+        match self.wait(until, self.connections.get(address)).await {
+            Ok(connected) => connected.map_err(Failure::NotSent),
+            Err(ended) => Err(ended.failure(false, started.elapsed())),
+        }
+    }
+
+    /// Sends a request to one node, once, by a call of its own.
+    pub(crate) async fn attempt_unary<R: Unary>(
+        &self,
+        target: Target<'_>,
         request: R,
-        deadline: Instant,
+        until: &Until<'_>,
     ) -> Result<R::Reply, Failure> {
         let started = Instant::now();
-        let _in_flight = InFlight::begin(self, address);
-        let connection = tokio::select! {
-            connected = self.connections.get(address) => connected.map_err(Failure::NotSent)?,
-            () = tokio::time::sleep_until(deadline) => {
-                return Err(Failure::Silent { sent: false, after: started.elapsed() });
-            }
-            () = self.closed.cancelled() => return Err(Failure::Closed { sent: false }),
-        };
-
+        let connection = self.connection(&target.address, until, started).await?;
         let gate = Arc::new(Gate::default());
         let channel = GatedChannel { channel: connection.channel.clone(), gate: Arc::clone(&gate) };
-        let exchange = exchange(channel, request, deadline);
+        let exchange = exchange(channel, request, until.deadline);
         let answer = tokio::select! {
             answer = exchange => answer,
-            () = self.suspect_until(deadline) => {
+            () = self.suspect_until(until.deadline) => {
                 return Err(Failure::Silent { sent: !gate.close(), after: started.elapsed() });
             }
             () = self.closed.cancelled() => return Err(Failure::Closed { sent: !gate.close() }),
+            () = until.cancelled() => return Err(Failure::Cancelled { sent: !gate.close() }),
         };
         match answer {
-            Ok(reply) => self.vouch(address, R::header(&reply), started.elapsed()).map(|()| reply),
+            Ok(reply) => target.answered(R::header(&reply), started.elapsed()).map(|()| reply),
             Err(status) => {
                 let failure = classify(status, &gate, started.elapsed());
                 if matches!(failure, Failure::NotSent(_) | Failure::Lost(_)) {
-                    self.connections.discard(address, &connection);
+                    self.connections.discard(&target.address, &connection);
                 }
                 Err(failure)
             }
@@ -320,7 +441,7 @@ impl Shared {
                 self.refresh.notify_one();
                 false
             }
-            Failure::Closed { .. } => false,
+            Failure::Closed { .. } | Failure::Cancelled { .. } => false,
             Failure::Refused(status) => self.note_refusal(address, status, state, now),
         }
     }
@@ -361,7 +482,7 @@ impl Shared {
         &self,
         address: &Address,
         status: &DetailedStatus,
-        state: &mut crate::client::State,
+        state: &mut State,
         now: Instant,
     ) -> bool {
         match status.code() {
@@ -448,21 +569,40 @@ fn is_timeout(status: &tonic::Status) -> bool {
     status.code() == tonic::Code::Cancelled && status.message() == "Timeout expired"
 }
 
-/// Counts an attempt as in flight until it ends, also by being dropped.
-struct InFlight<'a> {
+/// The node of one attempt, which counts as in flight until this is dropped.
+pub(crate) struct Target<'a> {
     shared: &'a Shared,
-    address: &'a Address,
+    address: Address,
+    over: bool,
 }
 
-impl<'a> InFlight<'a> {
-    fn begin(shared: &'a Shared, address: &'a Address) -> Self {
+impl<'a> Target<'a> {
+    pub(crate) fn begin(shared: &'a Shared, address: &Address) -> Self {
         shared.state.lock().topology.begin(address);
-        Self { shared, address }
+        Self { shared, address: address.clone(), over: false }
+    }
+
+    /// Takes note of the answer, as [`Shared::vouch`] does, and of the end of the attempt.
+    fn answered(mut self, header: Option<&v1::ResponseHeader>, latency: Duration) -> Result<(), Failure> {
+        self.over = true;
+        let header = header.copied().unwrap_or_default();
+        let mut state = self.shared.state.lock();
+        state.topology.end(&self.address);
+        state.topology.answered(&self.address, &header, latency).map_err(|foreign| Failure::Foreign(foreign.0))
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for Target<'_> {
     fn drop(&mut self) {
-        self.shared.state.lock().topology.end(self.address);
+        if !self.over {
+            self.shared.state.lock().topology.end(&self.address);
+        }
     }
+}
+
+/// The error of a request that every server refuses. One that nobody reads would end the stream of all.
+fn too_large(operation: &'static str, bytes: usize) -> Error {
+    let max = limits::REQUEST_BYTES_MAX;
+    let message = format!("the request has {bytes} bytes, the limit is {max} (request_bytes_max)");
+    Error::new(operation, ErrorKind::ResourceExhausted, Outcome::NotApplied, message)
 }

@@ -1,6 +1,7 @@
 //! The client: a cheap handle on shared state, and the task that keeps the topology fresh.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use d_engine_proto::v1;
@@ -12,14 +13,17 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::call::Target;
 use crate::cluster::{Leader, Member};
 use crate::connection::Connections;
 use crate::kv::IntoBytes;
 use crate::namespace::Namespace;
-use crate::options::{ClientBuilder, Options};
+use crate::options::{ClientBuilder, Options, bounded};
 use crate::retry::{Budget, Failure, backoff};
+use crate::room::Room;
 use crate::session::Sessions;
 use crate::stats::{Counters, Stats};
+use crate::tasks::Tasks;
 use crate::topology::{Address, Topology};
 use crate::watch_link::Links;
 
@@ -42,6 +46,7 @@ const STRAGGLERS: Duration = Duration::from_millis(100);
 pub struct Client {
     owner: Arc<Owner>,
     space: Namespace,
+    cancel: Option<CancellationToken>,
 }
 
 /// Ends the background work with the last clone.
@@ -58,9 +63,9 @@ impl Drop for Owner {
 /// What calls and the background task share.
 pub(crate) struct Shared {
     pub(crate) options: Options,
-    /// Runs what goes on in the background.
-    pub(crate) runtime: Handle,
+    pub(crate) tasks: Tasks,
     pub(crate) state: Mutex<State>,
+    pub(crate) room: Room,
     pub(crate) connections: Connections,
     pub(crate) links: Links,
     pub(crate) sessions: Sessions,
@@ -70,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) refresh: Notify,
     pub(crate) closed: CancellationToken,
     pub(crate) counters: Counters,
+    /// The highest revision that an answer to a caller carried.
+    pub(crate) seen: AtomicU64,
 }
 
 /// What changes with every attempt. One lock, held for a few hundred nanoseconds and never across an await.
@@ -86,12 +93,15 @@ impl Client {
     }
 
     pub(crate) fn start(seeds: Vec<Address>, options: Options, runtime: &Handle) -> Self {
+        let closed = CancellationToken::new();
+        let tasks = Tasks::new(runtime, &closed);
         let shared = Arc::new(Shared {
-            connections: Connections::new(options.connect_timeout),
+            connections: Connections::new(options.connect_timeout, tasks.clone()),
             links: Links::default(),
+            room: Room::new(options.calls_in_flight_max, options.bytes_in_flight_max),
             options,
             sessions: Sessions::default(),
-            runtime: runtime.clone(),
+            tasks,
             state: Mutex::new(State {
                 topology: Topology::new(seeds),
                 budget: Budget::new(Instant::now()),
@@ -99,11 +109,12 @@ impl Client {
             }),
             changed: Notify::new(),
             refresh: Notify::new(),
-            closed: CancellationToken::new(),
+            closed,
             counters: Counters::default(),
+            seen: AtomicU64::new(0),
         });
-        runtime.spawn(keep_fresh(Arc::clone(&shared)));
-        Self { owner: Arc::new(Owner { shared }), space: Namespace::default() }
+        shared.tasks.spawn_until_closed(keep_fresh(Arc::clone(&shared)));
+        Self { owner: Arc::new(Owner { shared }), space: Namespace::default(), cancel: None }
     }
 
     /// A client of the keys that begin with `prefix` and go on, which sees them without it: every key and interval
@@ -123,15 +134,80 @@ impl Client {
     /// ```
     #[must_use]
     pub fn namespace(&self, prefix: impl IntoBytes) -> Self {
-        Self { owner: Arc::clone(&self.owner), space: self.space.nested(&prefix.into_bytes()) }
+        Self { space: self.space.nested(&prefix.into_bytes()), ..self.clone() }
+    }
+
+    /// A client whose calls end when `token` is cancelled; it shares everything else with this client. For callers that
+    /// cannot drop a future to give a call up, or want to know what became of it. The token takes the place of one given
+    /// before: where both count, give a child of that one.
+    ///
+    /// A cancelled call that was not sent yet fails with [`ErrorKind::Cancelled`] and
+    /// [`Outcome::NotApplied`]. One that was sent is cancelled on the node too, as advice, and waits up to 100 ms for its
+    /// word: that is what the call ends with, also a success, if it could not be taken back any more. Without a word the
+    /// outcome of a write is [`Outcome::Unknown`].
+    ///
+    /// It ends calls, the opening of watches and caches, and the waiting for locks and elections. What was opened goes
+    /// on until it is dropped: watches, caches, lease keepers, locks and leaderships that are held.
+    ///
+    /// ```no_run
+    /// # async fn example(client: d_engine_client::Client) {
+    /// use d_engine_client::{CancellationToken, ErrorKind, Outcome};
+    ///
+    /// let token = CancellationToken::new();
+    /// let stop = token.clone();
+    /// std::thread::spawn(move || stop.cancel());
+    /// match client.cancelled_by(token).put("greeting", "hello").await {
+    ///     Ok(answer) => println!("it was faster, at revision {}", answer.header.revision),
+    ///     Err(error) if error.outcome() == Outcome::NotApplied => assert_eq!(error.kind(), ErrorKind::Cancelled),
+    ///     Err(error) => println!("{error}"),
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// [`ErrorKind::Cancelled`]: crate::ErrorKind::Cancelled
+    /// [`Outcome::NotApplied`]: crate::Outcome::NotApplied
+    /// [`Outcome::Unknown`]: crate::Outcome::Unknown
+    #[must_use]
+    pub fn cancelled_by(&self, token: CancellationToken) -> Self {
+        Self { cancel: Some(token), ..self.clone() }
     }
 
     /// Ends the client and all its clones: connections close, calls in flight fail with [`ErrorKind::Closed`] and tell
-    /// their outcome, later calls fail at once. Calling it again does nothing.
+    /// their outcome, later calls fail at once. Calling it again does nothing. It does not wait;
+    /// [`close_within`](Self::close_within) does.
     ///
     /// [`ErrorKind::Closed`]: crate::ErrorKind::Closed
     pub fn close(&self) {
         self.shared().close();
+    }
+
+    /// Ends the client and all its clones, and gives calls in flight up to `patience` to end by themselves: calls that
+    /// begin meanwhile fail, the session is closed on the servers if there is time left, then everything ends as by
+    /// [`close`](Self::close). Returns when every task of the client has ended: true if no call in flight was cut off.
+    ///
+    /// Watches, caches and lease keepers are no calls: they end with the client, without a wait for them.
+    ///
+    /// Dropping the future leaves the client refusing new calls; close it then.
+    ///
+    /// ```no_run
+    /// # async fn example(client: d_engine_client::Client) {
+    /// use std::time::Duration;
+    ///
+    /// if !client.close_within(Duration::from_secs(2)).await {
+    ///     eprintln!("some calls were cut off");
+    /// }
+    /// # }
+    /// ```
+    pub async fn close_within(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + bounded(patience);
+        let shared = self.shared();
+        let finished = shared.room.empty(bounded(patience)).await;
+        if finished && !shared.closed.is_cancelled() {
+            shared.close_session(deadline).await;
+        }
+        shared.close();
+        shared.tasks.ended().await;
+        finished
     }
 
     /// The leader, as far as this client knows.
@@ -156,6 +232,16 @@ impl Client {
         &self.space
     }
 
+    /// What may cancel this client's calls.
+    pub(crate) fn cancel(&self) -> Option<&CancellationToken> {
+        self.cancel.as_ref()
+    }
+
+    /// The same client for what must go on when calls are cancelled.
+    pub(crate) fn uncancelled(&self) -> Self {
+        Self { cancel: None, ..self.clone() }
+    }
+
     pub(crate) fn options(&self) -> &Options {
         &self.owner.shared.options
     }
@@ -170,8 +256,16 @@ impl std::fmt::Debug for Client {
 
 impl Shared {
     fn close(&self) {
+        self.room.shut();
         self.closed.cancel();
         self.connections.retain(|_| false);
+    }
+
+    /// Takes note of a revision that a caller was shown.
+    pub(crate) fn saw(&self, revision: u64) {
+        if self.options.monotonic_reads {
+            self.seen.fetch_max(revision, Ordering::Relaxed);
+        }
     }
 
     /// Takes over what a node says of the members and the leader.
@@ -190,35 +284,30 @@ impl Shared {
 
 /// Asks for the members when a call wants to know, as long as no leader can be used, and now and then.
 async fn keep_fresh(shared: Arc<Shared>) {
-    let work = async {
-        let mut fruitless = 0;
-        loop {
-            refresh(&shared).await;
-            let (gap, delay) = {
-                let mut state = shared.state.lock();
-                if state.topology.leader_is_usable(Instant::now()) {
-                    fruitless = 0;
-                    (REFRESH_GAP_CALM, REFRESH_PERIOD)
-                } else {
-                    fruitless += 1;
-                    (REFRESH_GAP, backoff(fruitless, &mut state.rng))
-                }
-            };
-            tokio::time::sleep(gap).await;
-            tokio::select! {
-                () = shared.refresh.notified() => {}
-                () = tokio::time::sleep(delay) => {}
+    let mut fruitless = 0;
+    loop {
+        refresh(&shared).await;
+        let (gap, delay) = {
+            let mut state = shared.state.lock();
+            if state.topology.leader_is_usable(Instant::now()) {
+                fruitless = 0;
+                (REFRESH_GAP_CALM, REFRESH_PERIOD)
+            } else {
+                fruitless += 1;
+                (REFRESH_GAP, backoff(fruitless, &mut state.rng))
             }
+        };
+        tokio::time::sleep(gap).await;
+        tokio::select! {
+            () = shared.refresh.notified() => {}
+            () = tokio::time::sleep(delay) => {}
         }
-    };
-    tokio::select! {
-        () = shared.closed.cancelled() => {}
-        () = work => {}
     }
 }
 
 /// One round: all known nodes at once. Whoever answers much later than the first waits for the next round, so that a
-/// silent node does not hold up the news of a new leader.
+/// silent node does not hold up the news of a new leader. By unary calls, which do not stand in the line of a pipeline
+/// that its node has stopped to read.
 async fn refresh(shared: &Shared) {
     shared.counters.refreshes.add();
     let addresses = shared.state.lock().topology.addresses();
@@ -226,7 +315,8 @@ async fn refresh(shared: &Shared) {
     let mut answers: FuturesUnordered<_> = addresses
         .into_iter()
         .map(|address| async move {
-            let answer = shared.attempt(&address, v1::MembersRequest {}, deadline).await;
+            let target = Target::begin(shared, &address);
+            let answer = shared.attempt_unary(target, v1::MembersRequest {}, &deadline.into()).await;
             (address, answer)
         })
         .collect();

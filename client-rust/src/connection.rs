@@ -2,8 +2,11 @@
 //!
 //! Connecting is a step of its own here, shared by all callers that wait for it. A failure reaches all of them at once,
 //! and it is certain that none of their requests was sent.
+//!
+//! All that runs for a connection is run by the client (`tasks`), so that it ends with it.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -11,7 +14,9 @@ use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::pipeline::Link;
 use crate::retry::Cause;
+use crate::tasks::Tasks;
 use crate::topology::Address;
 
 /// A silent connection is noticed after interval plus timeout, also while nothing is in flight.
@@ -24,32 +29,51 @@ const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 type Connecting = Shared<BoxFuture<'static, Result<Channel, Cause>>>;
 
 enum Slot {
-    Connecting(Connecting),
-    Ready(Channel),
+    Connecting(u64, Connecting),
+    Ready(Connection),
 }
 
-/// A channel, and which one of its address it is.
+impl Slot {
+    fn generation(&self) -> u64 {
+        match self {
+            Self::Connecting(generation, _) => *generation,
+            Self::Ready(connection) => connection.generation,
+        }
+    }
+}
+
+/// A channel with its pipeline, and which one of its address it is.
 #[derive(Clone, Debug)]
 pub(crate) struct Connection {
     pub(crate) channel: Channel,
+    pub(crate) link: Arc<Link>,
     generation: u64,
 }
 
 /// The channels of a client.
 pub(crate) struct Connections {
     connect_timeout: Duration,
+    tasks: Tasks,
     slots: Mutex<Slots>,
 }
 
 #[derive(Default)]
 struct Slots {
-    by_address: HashMap<Address, (u64, Slot)>,
+    by_address: HashMap<Address, Slot>,
     next_generation: u64,
 }
 
 impl Connections {
-    pub(crate) fn new(connect_timeout: Duration) -> Self {
-        Self { connect_timeout, slots: Mutex::default() }
+    pub(crate) fn new(connect_timeout: Duration, tasks: Tasks) -> Self {
+        Self { connect_timeout, tasks, slots: Mutex::default() }
+    }
+
+    /// The connection to `address`, if there is one.
+    pub(crate) fn ready(&self, address: &Address) -> Option<Connection> {
+        match self.slots.lock().by_address.get(address) {
+            Some(Slot::Ready(connection)) => Some(connection.clone()),
+            _ => None,
+        }
     }
 
     /// The connection to `address`, made if there is none.
@@ -57,39 +81,46 @@ impl Connections {
         let (generation, connecting) = {
             let mut slots = self.slots.lock();
             match slots.by_address.get(address) {
-                Some((generation, Slot::Ready(channel))) => {
-                    return Ok(Connection { channel: channel.clone(), generation: *generation });
-                }
-                Some((generation, Slot::Connecting(connecting))) => (*generation, connecting.clone()),
+                Some(Slot::Ready(connection)) => return Ok(connection.clone()),
+                Some(Slot::Connecting(generation, connecting)) => (*generation, connecting.clone()),
                 None => {
                     slots.next_generation += 1;
                     let generation = slots.next_generation;
                     let connecting = self.connect(address);
-                    let slot = Slot::Connecting(connecting.clone());
-                    slots.by_address.insert(address.clone(), (generation, slot));
+                    slots.by_address.insert(address.clone(), Slot::Connecting(generation, connecting.clone()));
                     (generation, connecting)
                 }
             }
         };
         let connected = connecting.await;
         let mut slots = self.slots.lock();
-        if let Some((current, slot)) = slots.by_address.get_mut(address)
-            && *current == generation
-        {
-            match &connected {
-                Ok(channel) => *slot = Slot::Ready(channel.clone()),
-                Err(_) => drop(slots.by_address.remove(address)),
+        match (slots.by_address.get(address), connected) {
+            // Somebody else who waited was faster, so that there is one pipeline for all.
+            (Some(Slot::Ready(connection)), Ok(_)) if connection.generation == generation => Ok(connection.clone()),
+            (Some(slot), Ok(channel)) if slot.generation() == generation => {
+                let connection = Connection { channel, link: Arc::default(), generation };
+                slots.by_address.insert(address.clone(), Slot::Ready(connection.clone()));
+                Ok(connection)
+            }
+            // Given up meanwhile; whoever waited may use it nevertheless.
+            (_, Ok(channel)) => Ok(Connection { channel, link: Arc::default(), generation }),
+            (slot, Err(cause)) => {
+                if slot.is_some_and(|slot| slot.generation() == generation) {
+                    slots.by_address.remove(address);
+                }
+                Err(cause)
             }
         }
-        connected.map(|channel| Connection { channel, generation })
     }
 
     fn connect(&self, address: &Address) -> Connecting {
         let timeout = self.connect_timeout;
         let endpoint = Endpoint::from_shared(format!("http://{address}"));
-        async move {
+        let tasks = self.tasks.clone();
+        let connect = async move {
             let endpoint = endpoint
                 .map_err(Cause::of)?
+                .executor(tasks)
                 .connect_timeout(timeout)
                 .tcp_nodelay(true)
                 .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
@@ -101,21 +132,31 @@ impl Connections {
                 Ok(connected) => connected.map_err(Cause::of),
                 Err(_) => Err(Cause::text(format!("no connection within {timeout:?}"))),
             }
-        }
-        .boxed()
-        .shared()
+        };
+        let connecting = self.tasks.spawn_until_closed(connect);
+        // Without a task, the client is closed or its runtime has ended.
+        let gone = || Cause::text("the client was closed");
+        async move { connecting.await.ok().flatten().unwrap_or_else(|| Err(gone())) }.boxed().shared()
     }
 
     /// Gives up a connection that broke; the next request makes a new one.
     pub(crate) fn discard(&self, address: &Address, connection: &Connection) {
-        let mut slots = self.slots.lock();
-        if slots.by_address.get(address).is_some_and(|(current, _)| *current == connection.generation) {
-            slots.by_address.remove(address);
+        {
+            let mut slots = self.slots.lock();
+            if slots.by_address.get(address).is_some_and(|slot| slot.generation() == connection.generation) {
+                slots.by_address.remove(address);
+            }
         }
+        connection.link.drain();
     }
 
     /// Closes the connections to all addresses that `keep` denies.
     pub(crate) fn retain(&self, keep: impl Fn(&Address) -> bool) {
-        self.slots.lock().by_address.retain(|address, _| keep(address));
+        let given_up: Vec<_> = self.slots.lock().by_address.extract_if(|address, _| !keep(address)).collect();
+        for (_, slot) in given_up {
+            if let Slot::Ready(connection) = slot {
+                connection.link.drain();
+            }
+        }
     }
 }

@@ -48,7 +48,7 @@ pub enum ErrorKind {
     /// The call was answered before, and the answer is no longer kept, or was too large to be. [`Error::outcome`] says
     /// what is known of it.
     AlreadyAcknowledged,
-    /// The operation was given up on request.
+    /// The call was given up on request; see [`Client::cancelled_by`](crate::Client::cancelled_by).
     Cancelled,
     /// The client was closed.
     Closed,
@@ -224,6 +224,10 @@ impl Error {
 
     pub(crate) fn closed(operation: &'static str) -> Self {
         Self::new(operation, ErrorKind::Closed, Outcome::NotApplied, "the client was closed")
+    }
+
+    pub(crate) fn cancelled(operation: &'static str) -> Self {
+        Self::new(operation, ErrorKind::Cancelled, Outcome::NotApplied, "the call was cancelled")
     }
 
     /// The same, of an operation that needed this one for something.

@@ -36,6 +36,7 @@ use crate::error::Error;
 use crate::lease::LeaseRevokeResponse;
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::topology::{Address, Route};
+use crate::until::Ended;
 
 /// Nobody is given less time than this for an answer.
 const PATIENCE_MIN: Duration = Duration::from_millis(25);
@@ -150,7 +151,7 @@ impl LeaseKeeper {
         let pulse = Arc::new(Pulse::new(ttl, confirmed));
         let span = tracing::debug_span!("d_engine_lease", %lease);
         let work = keep(Arc::clone(client.shared()), lease, Arc::clone(&pulse)).instrument(span);
-        let renewals = client.shared().runtime.spawn(work).abort_handle();
+        let renewals = client.shared().tasks.spawn(work).abort_handle();
         Self { client, lease, pulse, renewals }
     }
 
@@ -250,7 +251,7 @@ impl IntoFuture for KeepLease {
             // A grant that was sent twice was applied at its first arrival, so the first sending counts.
             let sent = Moment::now();
             let granted = self.client.grant_lease(self.ttl).id(self.lease).timeout(self.timeout).await?;
-            Ok(LeaseKeeper::start(self.client, granted.lease, granted.ttl, sent))
+            Ok(LeaseKeeper::start(self.client.uncancelled(), granted.lease, granted.ttl, sent))
         }
         .boxed()
     }
@@ -303,9 +304,9 @@ async fn renew(shared: &Shared, lease: LeaseId, pulse: &Pulse) {
     loop {
         // Time ends the whole, so the choice needs no deadline of its own.
         let far = Instant::now() + Duration::from_secs(60);
-        let (redirected, at_least) = match shared.choose(Route::Leader, &[], far).await {
-            Err(Unchosen::Closed) => return,
-            Err(Unchosen::Deadline | Unchosen::Foreign(_)) => (false, Duration::ZERO),
+        let (redirected, at_least) = match shared.choose(Route::Leader, &[], &far.into()).await {
+            Err(Unchosen::Ended(Ended::Closed | Ended::Cancelled)) => return,
+            Err(Unchosen::Ended(Ended::Deadline) | Unchosen::Foreign(_)) => (false, Duration::ZERO),
             Ok(address) => {
                 let failure = match renew_through(shared, &address, lease, pulse, &mut failures).await {
                     Ok(Gone) => return,

@@ -49,14 +49,18 @@ mod lock_queue;
 mod maintenance;
 mod namespace;
 mod options;
+mod pipeline;
 mod range;
 mod read;
 mod retry;
+mod room;
 mod session;
 mod snapshot_watch;
 mod stats;
+mod tasks;
 mod topology;
 mod txn;
+mod until;
 mod watch;
 mod watch_link;
 mod wire;
@@ -89,3 +93,4 @@ pub use write::{
 
 pub use bytes::Bytes;
 pub use d_engine_proto::{Epoch, LeaseId, LogIndex, NodeId, Revision, Term};
+pub use tokio_util::sync::CancellationToken;

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use d_engine_proto::{LeaseId, Revision};
+use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
 use crate::error::{Error, ErrorKind, Outcome};
@@ -72,6 +73,8 @@ pub(crate) struct Claim {
     client: Client,
     queue: Queue,
     keeper: LeaseKeeper,
+    /// What cancels the waiting. Once it is over, nothing does: `client` is one whose calls are not cancelled.
+    cancel: Option<CancellationToken>,
     /// When it joined.
     joined: Revision,
     given_up: bool,
@@ -92,9 +95,15 @@ impl Claim {
     pub(crate) async fn join(client: &Client, queue: &Queue, value: &Bytes, ttl: Duration) -> Result<Self, Error> {
         let keeper = client.keep_lease(ttl).await?;
         // From here on the lease is revoked, and the key with it, wherever this ends without success.
-        let (client, queue) = (client.clone(), queue.clone());
-        let mut claim = Self { client, queue, keeper, joined: Revision(0), given_up: false };
-        claim.joined = claim.client.put(claim.key(), value).lease(claim.lease()).await?.header.revision;
+        let mut claim = Self {
+            client: client.uncancelled(),
+            queue: queue.clone(),
+            keeper,
+            cancel: client.cancel().cloned(),
+            joined: Revision(0),
+            given_up: false,
+        };
+        claim.joined = client.put(claim.key(), value).lease(claim.lease()).await?.header.revision;
         Ok(claim)
     }
 
@@ -124,9 +133,16 @@ impl Claim {
 
     /// The lease is counted from when its renewal was sent: alive after a look at the queue, it was alive at the look.
     async fn while_alive<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let cancelled = async {
+            match &self.cancel {
+                Some(cancel) => cancel.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
         let result = tokio::select! {
             result = work => result?,
             () = self.keeper.lost() => return Err(lease_ended()),
+            () = cancelled => return Err(Error::cancelled("claim")),
         };
         if self.is_alive() { Ok(result) } else { Err(lease_ended()) }
     }
@@ -236,8 +252,8 @@ impl Drop for Claim {
     fn drop(&mut self) {
         if !self.given_up {
             let revocation = self.client.revoke_lease(self.lease());
-            let runtime = &self.client.shared().runtime;
-            runtime.spawn(async move {
+            let tasks = &self.client.shared().tasks;
+            tasks.spawn(async move {
                 if let Err(error) = revocation.await {
                     tracing::debug!(%error, "a lease was left to end by itself");
                 }

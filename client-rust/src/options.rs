@@ -12,6 +12,11 @@ use crate::topology::Address;
 /// Longer timeouts are cut to this: no call outlives a day.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Calls in flight: several times what saturates a cluster over one connection, at about a kilobyte each.
+const CALLS_IN_FLIGHT_MAX: u32 = 65_536;
+/// Bytes of requests in flight: what a link of 1 Gbit/s carries in half a second.
+const BYTES_IN_FLIGHT_MAX: u32 = 64 << 20;
+
 /// The options of a client.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
@@ -19,6 +24,10 @@ pub(crate) struct Options {
     pub(crate) connect_timeout: Duration,
     pub(crate) consistency: Option<Consistency>,
     pub(crate) sessions: bool,
+    pub(crate) pipelined: bool,
+    pub(crate) monotonic_reads: bool,
+    pub(crate) calls_in_flight_max: u32,
+    pub(crate) bytes_in_flight_max: u32,
 }
 
 /// Builds a [`Client`].
@@ -56,6 +65,10 @@ impl ClientBuilder {
                 connect_timeout: Duration::from_millis(defaults::CLIENT_CONNECT_TIMEOUT_MS),
                 consistency: None,
                 sessions: true,
+                pipelined: true,
+                monotonic_reads: false,
+                calls_in_flight_max: CALLS_IN_FLIGHT_MAX,
+                bytes_in_flight_max: BYTES_IN_FLIGHT_MAX,
             },
         }
     }
@@ -91,6 +104,37 @@ impl ClientBuilder {
     /// once and end, and for measuring what a session costs.
     pub fn sessions(mut self, sessions: bool) -> Self {
         self.options.sessions = sessions;
+        self
+    }
+
+    /// Whether calls share one stream for each connection, many to a message, if the node has that; they do unless this
+    /// says otherwise. Without, each call is a gRPC call of its own, at several times the cost: for networks whose
+    /// proxies balance, log or limit single calls, or cut streams that last, and for measuring what the stream saves.
+    pub fn pipelined(mut self, pipelined: bool) -> Self {
+        self.options.pipelined = pipelined;
+        self
+    }
+
+    /// Whether reads never go back in time, whichever node serves them; they may unless this says so. The client then
+    /// keeps the highest revision that an answer or a watch has shown its callers, and reads that name no revision ask
+    /// for that one at least. All clones and namespaces of a client share it. An eventual read may then wait for its
+    /// node to catch up, or go to another one.
+    pub fn monotonic_reads(mut self, monotonic: bool) -> Self {
+        self.options.monotonic_reads = monotonic;
+        self
+    }
+
+    /// Calls in flight at once, at least 1; 65536 unless set. Others wait within their deadline, and fail with
+    /// [`ResourceExhausted`](crate::ErrorKind::ResourceExhausted) then, not applied.
+    pub fn calls_in_flight_max(mut self, calls: u32) -> Self {
+        self.options.calls_in_flight_max = calls.max(1);
+        self
+    }
+
+    /// Bytes of the requests in flight at once; 64 MiB unless set. Others wait as for
+    /// [`calls_in_flight_max`](Self::calls_in_flight_max); a request larger than all of this goes alone.
+    pub fn bytes_in_flight_max(mut self, bytes: u32) -> Self {
+        self.options.bytes_in_flight_max = bytes;
         self
     }
 

@@ -36,6 +36,11 @@ pub(crate) enum Failure {
         /// Whether anything of the request may have been sent.
         sent: bool,
     },
+    /// The caller cancelled the call, and no node said in time what became of it.
+    Cancelled {
+        /// Whether anything of the request may have been sent.
+        sent: bool,
+    },
 }
 
 /// Why a connection or an exchange failed.
@@ -100,7 +105,11 @@ pub(crate) fn decide(failure: &Failure, resend: Resend) -> Decision {
     match failure {
         Failure::NotSent(_) | Failure::Silent { sent: false, .. } => ELSEWHERE,
         Failure::Lost(_) | Failure::Silent { .. } if repeatable => ELSEWHERE,
-        Failure::Lost(_) | Failure::Silent { .. } | Failure::Foreign(_) | Failure::Closed { .. } => Decision::GiveUp,
+        Failure::Lost(_)
+        | Failure::Silent { .. }
+        | Failure::Foreign(_)
+        | Failure::Closed { .. }
+        | Failure::Cancelled { .. } => Decision::GiveUp,
         Failure::Refused(status) => decide_refusal(status, resend),
     }
 }
@@ -139,9 +148,14 @@ impl Failure {
     pub(crate) fn outcome(&self, resend: Resend) -> Outcome {
         match self {
             _ if resend == Resend::Idempotent => Outcome::NotApplied,
-            Self::NotSent(_) | Self::Silent { sent: false, .. } | Self::Closed { sent: false } => Outcome::NotApplied,
+            Self::NotSent(_)
+            | Self::Silent { sent: false, .. }
+            | Self::Closed { sent: false }
+            | Self::Cancelled { sent: false } => Outcome::NotApplied,
             // Also when foreign: it may have been applied, there.
-            Self::Lost(_) | Self::Silent { .. } | Self::Foreign(_) | Self::Closed { .. } => Outcome::Unknown,
+            Self::Lost(_) | Self::Silent { .. } | Self::Foreign(_) | Self::Closed { .. } | Self::Cancelled { .. } => {
+                Outcome::Unknown
+            }
             Self::Refused(status) => status.outcome().into(),
         }
     }
@@ -154,6 +168,7 @@ impl Failure {
             Self::Refused(status) => status.code().into(),
             Self::Foreign(_) => ErrorKind::WrongCluster,
             Self::Closed { .. } => ErrorKind::Closed,
+            Self::Cancelled { .. } => ErrorKind::Cancelled,
         }
     }
 
@@ -170,10 +185,11 @@ impl Failure {
         match self {
             Self::NotSent(cause) | Self::Lost(cause) => &cause.message,
             Self::Silent { sent: true, .. } => "no answer in time",
-            Self::Silent { sent: false, .. } => "no connection in time",
+            Self::Silent { sent: false, .. } => "it could not be sent in time",
             Self::Refused(status) => &status.message,
             Self::Foreign(message) => message,
             Self::Closed { .. } => "the client was closed",
+            Self::Cancelled { .. } => "the call was cancelled",
         }
     }
 
@@ -185,7 +201,7 @@ impl Failure {
             Self::Refused(status) => {
                 error.with_leader(status.detail.leader.map(Leader::from)).with_revision(status.detail.revision)
             }
-            Self::Silent { .. } | Self::Foreign(_) | Self::Closed { .. } => error,
+            Self::Silent { .. } | Self::Foreign(_) | Self::Closed { .. } | Self::Cancelled { .. } => error,
         }
     }
 }
@@ -205,6 +221,8 @@ pub(crate) struct Budget {
     /// Invariant: 0.0 <= tokens <= `CAPACITY`.
     tokens: f64,
     refilled: Instant,
+    /// Calls that were counted.
+    calls: u64,
 }
 
 impl Budget {
@@ -214,25 +232,23 @@ impl Budget {
     const PER_SECOND: f64 = 10.0;
 
     pub(crate) fn new(now: Instant) -> Self {
-        Self { tokens: Self::CAPACITY, refilled: now }
+        Self { tokens: Self::CAPACITY, refilled: now, calls: 0 }
     }
 
-    /// Counts a call.
-    pub(crate) fn deposit(&mut self) {
-        self.tokens = (self.tokens + Self::PER_CALL).min(Self::CAPACITY);
-    }
-
-    /// Whether a retry could be made.
-    pub(crate) fn affords_one(&mut self, now: Instant) -> bool {
+    /// Whether a retry could be made; `calls` were begun until now.
+    #[expect(clippy::cast_precision_loss, reason = "few calls come between two looks")]
+    pub(crate) fn affords_one(&mut self, now: Instant, calls: u64) -> bool {
         let trickle = now.saturating_duration_since(self.refilled).as_secs_f64() * Self::PER_SECOND;
+        let share = calls.saturating_sub(self.calls) as f64 * Self::PER_CALL;
         self.refilled = now;
-        self.tokens = (self.tokens + trickle).min(Self::CAPACITY);
+        self.calls = self.calls.max(calls);
+        self.tokens = (self.tokens + trickle + share).min(Self::CAPACITY);
         self.tokens >= 1.0
     }
 
     /// Takes the token of one retry; false if there is none.
-    pub(crate) fn withdraw(&mut self, now: Instant) -> bool {
-        let granted = self.affords_one(now);
+    pub(crate) fn withdraw(&mut self, now: Instant, calls: u64) -> bool {
+        let granted = self.affords_one(now, calls);
         if granted {
             self.tokens -= 1.0;
         }
@@ -276,6 +292,8 @@ mod tests {
             (Failure::Foreign(String::new()),                           stop,              stop,              stop),
             (Failure::Closed { sent: false },                           stop,              stop,              stop),
             (Failure::Closed { sent: true },                            stop,              stop,              stop),
+            (Failure::Cancelled { sent: false },                        stop,              stop,              stop),
+            (Failure::Cancelled { sent: true },                         stop,              stop,              stop),
             (refused(Code::NotLeader, NotApplied, true, 0),             ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
             (refused(Code::NotLeader, NotApplied, false, 0),            ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
             (refused(Code::Unavailable, NotApplied, true, 0),           ELSEWHERE,         ELSEWHERE,         ELSEWHERE),
@@ -363,15 +381,14 @@ mod tests {
         let start = Instant::now();
         let mut budget = Budget::new(start);
         let mut granted = 0;
-        for _ in 0..10_000 {
-            budget.deposit();
+        for calls in 1..=10_000 {
             for _ in 0..5 {
-                granted += u32::from(budget.withdraw(start));
+                granted += u32::from(budget.withdraw(start, calls));
             }
         }
         assert!((2900..=3001).contains(&granted), "1000 at once and 2000 for 10 000 calls, not {granted}");
         let later = start + Duration::from_secs(1);
-        let trickle = (0..100).filter(|_| budget.withdraw(later)).count();
+        let trickle = (0..100).filter(|_| budget.withdraw(later, 10_000)).count();
         assert!((10..=11).contains(&trickle), "{trickle}");
     }
 }

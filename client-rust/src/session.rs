@@ -29,6 +29,7 @@ use crate::clock::Moment;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::retry::Resend;
 use crate::topology::Route;
+use crate::until::Until;
 
 /// How long servers that know no sessions are not asked for one again.
 const UNSUPPORTED_FOR: Duration = Duration::from_secs(60);
@@ -193,24 +194,23 @@ impl Shared {
     pub(crate) async fn ticket(
         self: &Arc<Self>,
         operation: &'static str,
-        deadline: Instant,
+        until: &Until<'_>,
     ) -> Result<Option<Ticket>, Error> {
         loop {
-            let Some(session) = self.session(operation, deadline).await? else { return Ok(None) };
+            let Some(session) = self.session(operation, until).await? else { return Ok(None) };
             // Created before looking, so that no room made after the look is missed.
             let room = session.room.notified();
             match session.enter(Moment::now()) {
                 Entry::Ticket(ticket) => return Ok(Some(ticket)),
                 Entry::Over => self.sessions.retire(&session),
-                Entry::Full => tokio::select! {
-                    () = room => {}
-                    () = tokio::time::sleep_until(deadline) => {
+                Entry::Full => {
+                    let late = || {
                         let window = limits::SESSION_WINDOW_CALLS;
                         let message = format!("session_window_calls: {window} calls are in flight, and none ended in time");
-                        return Err(Error::new(operation, ErrorKind::ResourceExhausted, Outcome::NotApplied, message));
-                    }
-                    () = self.closed.cancelled() => return Err(Error::closed(operation)),
-                },
+                        Error::new(operation, ErrorKind::ResourceExhausted, Outcome::NotApplied, message)
+                    };
+                    self.wait(until, room).await.map_err(|ended| ended.error(operation, late))?;
+                }
             }
         }
     }
@@ -219,40 +219,51 @@ impl Shared {
     async fn session(
         self: &Arc<Self>,
         operation: &'static str,
-        deadline: Instant,
+        until: &Until<'_>,
     ) -> Result<Option<Arc<Session>>, Error> {
         if let Some(found) = self.sessions.look() {
             return Ok(found);
         }
         let begun = Instant::now();
-        let _registering = tokio::select! {
-            registering = self.sessions.registering.lock() => registering,
-            () = tokio::time::sleep_until(deadline) => return Err(self.unserved(operation, Route::Leader, begun.elapsed())),
-            () = self.closed.cancelled() => return Err(Error::closed(operation)),
-        };
+        let late = || self.unserved(operation, Route::Leader, begun.elapsed());
+        let registering = self.wait(until, self.sessions.registering.lock()).await;
+        let _registering = registering.map_err(|ended| ended.error(operation, late))?;
         match self.sessions.look() {
             Some(found) => Ok(found),
-            None => self.register(operation, deadline).await,
+            None => self.register(operation, until).await,
+        }
+    }
+
+    /// Ends the session on the servers, if there is one; otherwise it ends there by itself. To be called when no call
+    /// is in flight under it.
+    pub(crate) async fn close_session(self: &Arc<Self>, deadline: Instant) {
+        let Some(Some(session)) = self.sessions.look() else { return };
+        self.sessions.retire(&session);
+        let request = v1::SessionCloseRequest { session: session.id.get() };
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout };
+        if let Err(error) = self.attempts(request, plan, &deadline.into(), &mut false).await {
+            tracing::debug!(session = %session.id, %error, "a session was left to end by itself");
         }
     }
 
     /// Registers a session. Boxed, as it is a call itself.
-    fn register(
-        self: &Arc<Self>,
+    fn register<'a>(
+        self: &'a Arc<Self>,
         operation: &'static str,
-        deadline: Instant,
-    ) -> BoxFuture<'_, Result<Option<Arc<Session>>, Error>> {
+        until: &'a Until<'_>,
+    ) -> BoxFuture<'a, Result<Option<Arc<Session>>, Error>> {
         async move {
             // A session registered twice costs nothing but itself, and the caller's request was not sent.
-            let timeout = deadline.saturating_duration_since(Instant::now());
+            let timeout = until.deadline.saturating_duration_since(Instant::now());
             let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout };
-            match self.attempts(v1::SessionRegisterRequest::default(), plan, &mut false).await {
+            match self.attempts(v1::SessionRegisterRequest::default(), plan, until, &mut false).await {
                 Ok((reply, sent)) => {
                     let ttl = Duration::from_millis(reply.ttl_ms);
                     let session = Arc::new(Session::new(SessionId(reply.session), ttl, sent));
                     *self.sessions.current.lock() = Current::Session(Arc::clone(&session));
                     self.counters.sessions.add();
-                    self.runtime.spawn(renew(Arc::clone(self), Arc::clone(&session)));
+                    self.tasks.spawn_until_closed(renew(Arc::clone(self), Arc::clone(&session)));
                     Ok(Some(session))
                 }
                 Err(error) if error.kind() == ErrorKind::Unsupported => {
@@ -269,31 +280,25 @@ impl Shared {
 /// Renews a session while calls are in flight under it and none is answered. Ends with the session.
 async fn renew(shared: Arc<Shared>, session: Arc<Session>) {
     let pause = session.ttl / 3;
-    let work = async {
-        loop {
-            tokio::time::sleep(pause).await;
-            {
-                let flight = session.flight.lock();
-                let age = Moment::now().since(flight.confirmed);
-                match flight.in_flight.is_empty() {
-                    true if flight.retired || age >= session.ttl => return,
-                    true => continue,
-                    false if age < pause => continue,
-                    false => {}
-                }
-            }
-            let request = v1::SessionRenewRequest { session: session.id.get() };
-            let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout: pause };
-            match shared.attempts(request, plan, &mut false).await {
-                Ok((_, sent)) => session.confirm(sent),
-                Err(error) if error.kind() == ErrorKind::SessionExpired => shared.sessions.retire(&session),
-                Err(error) => tracing::debug!(session = %session.id, %error, "a session was not renewed"),
+    loop {
+        tokio::time::sleep(pause).await;
+        {
+            let flight = session.flight.lock();
+            let age = Moment::now().since(flight.confirmed);
+            match flight.in_flight.is_empty() {
+                true if flight.retired || age >= session.ttl => return,
+                true => continue,
+                false if age < pause => continue,
+                false => {}
             }
         }
-    };
-    tokio::select! {
-        () = shared.closed.cancelled() => {}
-        () = work => {}
+        let request = v1::SessionRenewRequest { session: session.id.get() };
+        let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout: pause };
+        match shared.attempts(request, plan, &(Instant::now() + pause).into(), &mut false).await {
+            Ok((_, sent)) => session.confirm(sent),
+            Err(error) if error.kind() == ErrorKind::SessionExpired => shared.sessions.retire(&session),
+            Err(error) => tracing::debug!(session = %session.id, %error, "a session was not renewed"),
+        }
     }
 }
 

@@ -80,6 +80,13 @@ impl SnapshotWatchCall {
     }
 }
 
+impl SnapshotWatchCall {
+    /// The same, by a client whose calls are not cancelled.
+    pub(crate) fn uncancelled(self) -> Self {
+        Self { client: self.client.uncancelled(), ..self }
+    }
+}
+
 impl IntoFuture for SnapshotWatchCall {
     type Output = Result<SnapshotWatch, Error>;
     type IntoFuture = BoxFuture<'static, Self::Output>;

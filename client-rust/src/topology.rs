@@ -4,6 +4,7 @@
 //! showed about an address. A hint about the leader counts only if its term is newer than the one known, so that a
 //! node with an old view cannot send the client back to a deposed leader.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -184,31 +185,51 @@ impl Topology {
     }
 
     fn pick_any(&self, tried: &[Address], now: Instant, rng: &mut fastrand::Rng) -> Pick {
-        let candidates = self.candidates(now);
-        let available: Vec<_> = candidates.iter().filter(|(_, node)| node.available(now)).collect();
-        let untried: Vec<_> = available.iter().filter(|(address, _)| !tried.contains(address)).copied().collect();
-        let choice = if untried.is_empty() { available } else { untried };
-        let load = |node: &Node| (node.in_flight, node.latency.unwrap_or_default());
-        let Some(least) = choice.iter().map(|(_, node)| load(node)).min() else {
-            return Pick::Wait(candidates.iter().filter_map(|(_, node)| node.avoid_until).min());
-        };
-        let equals: Vec<_> = choice.into_iter().filter(|(_, node)| load(node) == least).collect();
-        match rng.choice(equals) {
-            Some((address, _)) => Pick::Node((*address).clone()),
-            None => Pick::Wait(None),
+        let untried = |address: &Address| !tried.contains(address);
+        let fresh = self.pick_least_loaded(now, rng, untried);
+        match fresh.or_else(|| self.pick_least_loaded(now, rng, |_| true)) {
+            Some(address) => Pick::Node(address),
+            None => Pick::Wait(self.candidates(now).filter_map(|(_, node)| node.avoid_until).min()),
         }
     }
 
+    /// One of those with the fewest calls in flight, and the fastest of these.
+    fn pick_least_loaded(
+        &self,
+        now: Instant,
+        rng: &mut fastrand::Rng,
+        wanted: impl Fn(&Address) -> bool,
+    ) -> Option<Address> {
+        let load = |node: &Node| (node.in_flight, node.latency.unwrap_or_default());
+        let mut best: Option<(&Address, &Node)> = None;
+        let mut equals = 0;
+        for (address, node) in self.candidates(now) {
+            if !node.available(now) || !wanted(address) {
+                continue;
+            }
+            match best.map(|(_, best)| load(node).cmp(&load(best))) {
+                Some(Ordering::Greater) => continue,
+                Some(Ordering::Equal) => equals += 1,
+                Some(Ordering::Less) | None => equals = 1,
+            }
+            // Each of the equals is left over with the same probability.
+            if equals == 1 || rng.u32(0..equals) == 0 {
+                best = Some((address, node));
+            }
+        }
+        best.map(|(address, _)| address.clone())
+    }
+
     /// Members and seeds, without a seed that is but another name of a member that can be asked directly.
-    fn candidates(&self, now: Instant) -> Vec<(&Address, &Node)> {
-        let is_alias = |address: &Address, node: &Node| {
+    fn candidates(&self, now: Instant) -> impl Iterator<Item = (&Address, &Node)> {
+        let is_alias = move |address: &Address, node: &Node| {
             let advertised = node.id.and_then(|id| self.members.get(&id)).and_then(Option::as_ref);
             advertised.is_some_and(|advertised| advertised != address && self.available(advertised, now))
         };
         let listed = |address: &Address| {
             self.seeds.contains(address) || self.members.values().flatten().any(|member| member == address)
         };
-        self.nodes.iter().filter(|(address, node)| listed(address) && !is_alias(address, node)).collect()
+        self.nodes.iter().filter(move |(address, node)| listed(address) && !is_alias(address, node))
     }
 
     /// Ways to reach the leader, best first: as the hint says, as the members say, as a seed that turned out to be it.

@@ -4,7 +4,7 @@ use std::future::IntoFuture;
 use std::time::Duration;
 
 use d_engine_proto::v1::{self, compare, txn_operation, txn_result};
-use d_engine_proto::{LeaseId, Revision};
+use d_engine_proto::{LeaseId, Revision, limits};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
@@ -311,6 +311,23 @@ impl IntoFuture for TxnCall {
     }
 }
 
+/// A server cannot read what is nested too deep, nor tell which of the operations beside it that was.
+pub(crate) fn check_depth(txn: &v1::TxnRequest) -> Result<(), String> {
+    fn is_deeper(txn: &v1::TxnRequest, depth: u64) -> bool {
+        let mut operations = txn.then.iter().chain(&txn.otherwise);
+        depth == 0
+            || operations.any(|operation| match &operation.operation {
+                Some(txn_operation::Operation::Txn(nested)) => is_deeper(nested, depth - 1),
+                _ => false,
+            })
+    }
+    let max = limits::TXN_DEPTH_MAX;
+    match is_deeper(txn, max) {
+        true => Err(format!("the transaction is nested more than {max} deep")),
+        false => Ok(()),
+    }
+}
+
 /// Pairs results with the operations they answer; `None` if they do not match.
 fn answer(request: &v1::TxnRequest, response: v1::TxnResponse, header: Header) -> Option<TxnResponse> {
     use txn_operation::Operation;
@@ -390,6 +407,13 @@ mod tests {
             assert!(!read.clone().otherwise(op.clone()).is_read_only());
             assert!(!Txn::new().then(Op::txn(Txn::new().otherwise(op))).is_read_only());
         }
+    }
+
+    #[test]
+    fn a_transaction_nested_deeper_than_a_server_reads_is_refused() {
+        let nested = |depth| (1..depth).fold(Txn::new(), |inner, _| Txn::new().otherwise(Op::txn(inner)));
+        assert_eq!(check_depth(&nested(limits::TXN_DEPTH_MAX).0), Ok(()));
+        assert!(check_depth(&nested(limits::TXN_DEPTH_MAX + 1).0).is_err());
     }
 
     #[test]

@@ -27,6 +27,7 @@ use crate::namespace::Enter as _;
 use crate::options::bounded;
 use crate::retry::{Cause, Failure, Resend, backoff};
 use crate::topology::{Address, Route};
+use crate::until::{Ended, Until};
 use crate::watch_link::{Delivery, Ending, Subscription};
 
 const OPERATION: &str = "watch";
@@ -175,9 +176,11 @@ impl IntoFuture for Watch {
             create.enter(self.client.space()).map_err(|error| Error::invalid(OPERATION, error.to_string()))?;
             let mut resumable = Resumable::new(self.client, create);
             resumable.creation = CREATION.min(timeout / OPENING_ATTEMPTS);
-            let cursor = match tokio::time::timeout(timeout, resumable.open()).await {
+            let client = resumable.client.clone();
+            let until = Until::new(Instant::now() + timeout, client.cancel());
+            let cursor = match client.shared().wait(&until, resumable.open()).await {
                 Ok(cursor) => cursor?,
-                Err(_) => return Err(resumable.not_opened(timeout)),
+                Err(ended) => return Err(ended.error(OPERATION, || resumable.not_opened(timeout))),
             };
             resumable.creation = CREATION;
             Ok(WatchStream { cursor, live: resumable.live.subscribe(), updates: resumable.updates() })
@@ -341,6 +344,7 @@ impl Resumable {
             Delivery::Created(created) => self.created(&created),
             Delivery::Update(update) => {
                 self.cursor = Some(update.revision);
+                self.client.shared().saw(update.revision.get());
                 self.works();
                 Ok(Step::Update(update))
             }
@@ -360,13 +364,12 @@ impl Resumable {
             () = shared.closed.cancelled() => {}
         }
         let address = match shared.links.established(&self.tried) {
-            Some(address) if !shared.closed.is_cancelled() => address,
-            _ => match shared.choose(Route::Any, &self.tried, Instant::now() + SEARCH).await {
+            _ if shared.closed.is_cancelled() => return Err(Error::closed(OPERATION)),
+            Some(address) => address,
+            None => match shared.choose(Route::Any, &self.tried, &(Instant::now() + SEARCH).into()).await {
                 Ok(address) => address,
-                Err(Unchosen::Deadline) => return Ok(()),
-                Err(Unchosen::Closed) => {
-                    return Err(Error::new(OPERATION, ErrorKind::Closed, Outcome::NotApplied, "the client was closed"));
-                }
+                Err(Unchosen::Ended(Ended::Deadline)) => return Ok(()),
+                Err(Unchosen::Ended(_)) => return Err(Error::closed(OPERATION)),
                 Err(Unchosen::Foreign(message)) => {
                     return Err(Error::new(OPERATION, ErrorKind::WrongCluster, Outcome::NotApplied, message));
                 }
@@ -448,7 +451,7 @@ impl Resumable {
 fn resume_after(failure: &Failure) -> Option<Duration> {
     match failure {
         Failure::NotSent(_) | Failure::Lost(_) | Failure::Silent { .. } => Some(Duration::ZERO),
-        Failure::Foreign(_) | Failure::Closed { .. } => None,
+        Failure::Foreign(_) | Failure::Closed { .. } | Failure::Cancelled { .. } => None,
         Failure::Refused(status) => match status.code()? {
             ErrorCode::NotLeader
             | ErrorCode::Unavailable

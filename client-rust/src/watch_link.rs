@@ -63,7 +63,7 @@ impl Links {
         let link = Arc::new(Link::default());
         let subscription = link.state.lock().add(&link, create, space);
         links.insert(address.clone(), Arc::clone(&link));
-        shared.runtime.spawn(run(Arc::clone(shared), address.clone(), link));
+        shared.tasks.spawn(run(Arc::clone(shared), address.clone(), link));
         subscription
     }
 

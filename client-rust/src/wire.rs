@@ -1,6 +1,6 @@
 //! The unary calls of the protocol, each as a request type that knows its method and its answer.
 
-use d_engine_proto::v1;
+use d_engine_proto::v1::{self, answer, operation};
 
 use crate::namespace::{Enter, Leave};
 
@@ -17,14 +17,29 @@ pub(crate) trait Unary: prost::Message + Enter + Clone + 'static {
     const REPEATABLE: bool = false;
     /// The header of an answer.
     fn header(reply: &Self::Reply) -> Option<&v1::ResponseHeader>;
+    /// As an operation of the pipeline.
+    fn into_operation(self) -> operation::Request;
+    /// Its answer on the pipeline; `None` if that answers something else.
+    fn reply(reply: answer::Reply) -> Option<Self::Reply>;
     /// Where it says under which session it is, if it can be under one.
     fn session(&mut self) -> Option<&mut Option<v1::SessionCall>> {
         None
     }
+    /// Where it says how it is to be read, if it is a read.
+    fn read_options(&mut self) -> Option<&mut Option<v1::ReadOptions>> {
+        None
+    }
+    /// What is wrong with it beyond what the server can tell.
+    fn check(&self) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 macro_rules! unary {
-    ($($operation:literal, $path:literal: $request:ident => $reply:ident $(, $session:ident)? $(| repeatable: $repeatable:literal)?;)*) => {$(
+    ($(
+        $operation:literal, $path:literal: $variant:ident $request:ident => $reply:ident
+        $(| repeatable: $repeatable:literal)? $(| check: $check:path)? $(| options: $read:ident)? $(, $session:ident)?;
+    )*) => {$(
         impl Unary for v1::$request {
             type Reply = v1::$reply;
             const OPERATION: &'static str = $operation;
@@ -33,33 +48,48 @@ macro_rules! unary {
             fn header(reply: &v1::$reply) -> Option<&v1::ResponseHeader> {
                 reply.header.as_ref()
             }
+            fn into_operation(self) -> operation::Request {
+                operation::Request::$variant(self)
+            }
+            fn reply(reply: answer::Reply) -> Option<v1::$reply> {
+                match reply {
+                    answer::Reply::$variant(reply) => Some(reply),
+                    _ => None,
+                }
+            }
             $(fn session(&mut self) -> Option<&mut Option<v1::SessionCall>> {
                 Some(&mut self.$session)
+            })?
+            $(fn read_options(&mut self) -> Option<&mut Option<v1::ReadOptions>> {
+                Some(&mut self.$read)
+            })?
+            $(fn check(&self) -> Result<(), String> {
+                $check(self)
             })?
         }
     )*};
 }
 
 unary! {
-    "put", "/d_engine.v1.Kv/Put": PutRequest => PutResponse, session;
-    "get", "/d_engine.v1.Kv/Get": GetRequest => GetResponse;
-    "get many", "/d_engine.v1.Kv/GetMany": GetManyRequest => GetManyResponse;
-    "range", "/d_engine.v1.Kv/Range": RangeRequest => RangeResponse;
-    "delete", "/d_engine.v1.Kv/Delete": DeleteRequest => DeleteResponse, session;
-    "delete range", "/d_engine.v1.Kv/DeleteRange": DeleteRangeRequest => DeleteRangeResponse, session;
-    "compare and swap", "/d_engine.v1.Kv/CompareAndSwap": CompareAndSwapRequest => CompareAndSwapResponse, session;
-    "transaction", "/d_engine.v1.Kv/Txn": TxnRequest => TxnResponse, session;
-    "grant lease", "/d_engine.v1.Lease/Grant": LeaseGrantRequest => LeaseGrantResponse, session;
-    "revoke lease", "/d_engine.v1.Lease/Revoke": LeaseRevokeRequest => LeaseRevokeResponse, session;
-    "renew lease", "/d_engine.v1.Lease/Renew": LeaseRenewRequest => LeaseRenewResponse | repeatable: true;
-    "lease time to live", "/d_engine.v1.Lease/TimeToLive": LeaseTimeToLiveRequest => LeaseTimeToLiveResponse;
-    "list leases", "/d_engine.v1.Lease/List": LeaseListRequest => LeaseListResponse;
-    "register session", "/d_engine.v1.Session/Register": SessionRegisterRequest => SessionRegisterResponse | repeatable: true;
-    "renew session", "/d_engine.v1.Session/Renew": SessionRenewRequest => SessionRenewResponse | repeatable: true;
-    "close session", "/d_engine.v1.Session/Close": SessionCloseRequest => SessionCloseResponse | repeatable: true;
-    "compact", "/d_engine.v1.Maintenance/Compact": CompactRequest => CompactResponse | repeatable: true;
-    "members", "/d_engine.v1.Cluster/Members": MembersRequest => MembersResponse;
-    "status", "/d_engine.v1.Cluster/Status": StatusRequest => StatusResponse;
+    "put", "/d_engine.v1.Kv/Put": Put PutRequest => PutResponse, session;
+    "get", "/d_engine.v1.Kv/Get": Get GetRequest => GetResponse | options: read;
+    "get many", "/d_engine.v1.Kv/GetMany": GetMany GetManyRequest => GetManyResponse | options: read;
+    "range", "/d_engine.v1.Kv/Range": Range RangeRequest => RangeResponse | options: read;
+    "delete", "/d_engine.v1.Kv/Delete": Delete DeleteRequest => DeleteResponse, session;
+    "delete range", "/d_engine.v1.Kv/DeleteRange": DeleteRange DeleteRangeRequest => DeleteRangeResponse, session;
+    "compare and swap", "/d_engine.v1.Kv/CompareAndSwap": CompareAndSwap CompareAndSwapRequest => CompareAndSwapResponse, session;
+    "transaction", "/d_engine.v1.Kv/Txn": Txn TxnRequest => TxnResponse | check: crate::txn::check_depth | options: read, session;
+    "grant lease", "/d_engine.v1.Lease/Grant": LeaseGrant LeaseGrantRequest => LeaseGrantResponse, session;
+    "revoke lease", "/d_engine.v1.Lease/Revoke": LeaseRevoke LeaseRevokeRequest => LeaseRevokeResponse, session;
+    "renew lease", "/d_engine.v1.Lease/Renew": LeaseRenew LeaseRenewRequest => LeaseRenewResponse | repeatable: true;
+    "lease time to live", "/d_engine.v1.Lease/TimeToLive": LeaseTimeToLive LeaseTimeToLiveRequest => LeaseTimeToLiveResponse | options: read;
+    "list leases", "/d_engine.v1.Lease/List": LeaseList LeaseListRequest => LeaseListResponse | options: read;
+    "register session", "/d_engine.v1.Session/Register": SessionRegister SessionRegisterRequest => SessionRegisterResponse | repeatable: true;
+    "renew session", "/d_engine.v1.Session/Renew": SessionRenew SessionRenewRequest => SessionRenewResponse | repeatable: true;
+    "close session", "/d_engine.v1.Session/Close": SessionClose SessionCloseRequest => SessionCloseResponse | repeatable: true;
+    "compact", "/d_engine.v1.Maintenance/Compact": Compact CompactRequest => CompactResponse | repeatable: true;
+    "members", "/d_engine.v1.Cluster/Members": Members MembersRequest => MembersResponse;
+    "status", "/d_engine.v1.Cluster/Status": Status StatusRequest => StatusResponse;
 }
 
 #[cfg(test)]
@@ -93,6 +123,27 @@ mod tests {
         }
         assert!(methods > 15, "{methods}");
         assert_eq!(v1::PutRequest::PATH, "/d_engine.v1.Kv/Put");
+    }
+
+    #[test]
+    fn every_operation_of_the_pipeline_is_here() {
+        let source = include_str!("wire.rs");
+        let file = include_str!("../../proto/d_engine/v1/pipeline.proto");
+        let mut operations = 0;
+        for line in file.lines() {
+            let mut words = line.split_whitespace();
+            let Some(request) = words.next().and_then(|message| message.strip_suffix("Request")) else { continue };
+            assert!(source.contains(&format!(": {request} {request}Request => {request}Response")), "{request} is missing");
+            operations += 1;
+        }
+        assert_eq!(operations, source.lines().filter(|line| line.contains("\", \"/d_engine.v1.")).count());
+    }
+
+    #[test]
+    fn an_answer_of_another_kind_is_none() {
+        let put = || answer::Reply::Put(v1::PutResponse::default());
+        assert!(v1::PutRequest::reply(put()).is_some());
+        assert!(v1::GetRequest::reply(put()).is_none());
     }
 
     /// What lies under `session = 15` in the protocol, and nothing else, goes under a session.

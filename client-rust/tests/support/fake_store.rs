@@ -15,17 +15,23 @@ use d_engine_client::Client;
 use d_engine_proto::v1::cluster_server::{Cluster, ClusterServer};
 use d_engine_proto::v1::kv_server::{Kv, KvServer};
 use d_engine_proto::v1::lease_server::{Lease, LeaseServer};
+use d_engine_proto::v1::pipeline_server::PipelineServer;
+use d_engine_proto::v1::{answer, operation};
 use d_engine_proto::v1::watch_request::Action;
 use d_engine_proto::v1::watch_response::Kind;
 use d_engine_proto::v1::watch_server::{Watch, WatchServer};
 use d_engine_proto::{DetailedStatus, ErrorCode, v1};
 use parking_lot::Mutex;
+use pipeline::{Operate, PipelineOf, operate_by_calls};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
+
+#[path = "pipeline.rs"]
+mod pipeline;
 
 pub(crate) const CLUSTER: u64 = 0xc1;
 /// A generous bound on everything a test waits for.
@@ -304,6 +310,7 @@ impl StoreNode {
             .add_service(KvServer::new(service.clone()))
             .add_service(WatchServer::new(service.clone()))
             .add_service(LeaseServer::new(service.clone()))
+            .add_service(PipelineServer::new(PipelineOf(service.clone())))
             .add_service(ClusterServer::new(service));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         runtime.spawn(async move {
@@ -368,7 +375,12 @@ pub(crate) fn introduce(nodes: &[StoreNode]) {
 
 pub(crate) fn client(nodes: &[StoreNode]) -> Client {
     let endpoints = nodes.iter().map(|node| node.address.clone());
-    Client::builder().endpoints(endpoints).call_timeout(PATIENCE).build().unwrap()
+    Client::builder().endpoints(endpoints).call_timeout(PATIENCE).pipelined(pipelined()).build().unwrap()
+}
+
+/// Whether the tests of this binary go over the pipeline: `tests/unary.rs` has them all once more, over unary calls.
+fn pipelined() -> bool {
+    !module_path!().starts_with("unary::")
 }
 
 /// Waits until `condition` holds.
@@ -726,6 +738,15 @@ impl Lease for Service {
 
     async fn list(&self, _: Request<v1::LeaseListRequest>) -> Result<Response<v1::LeaseListResponse>, Status> {
         Err(Status::unimplemented(""))
+    }
+}
+
+impl Operate for Service {
+    async fn operate(&self, operation: operation::Request, timeout: Duration) -> Result<answer::Reply, Status> {
+        operate_by_calls!(operation, self, timeout;
+            Put: Kv::put, Range: Kv::range, Delete: Kv::delete, Txn: Kv::txn,
+            LeaseGrant: Lease::grant, LeaseRevoke: Lease::revoke, Members: Cluster::members,
+        )
     }
 }
 

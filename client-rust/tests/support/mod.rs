@@ -3,6 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 
 pub(crate) mod leases;
+pub(crate) mod pipeline;
 pub(crate) mod store;
 
 use std::sync::Arc;
@@ -11,10 +12,13 @@ use std::time::Duration;
 use d_engine_client::{Client, ClientBuilder};
 use d_engine_proto::v1::cluster_server::{Cluster, ClusterServer};
 use d_engine_proto::v1::kv_server::{Kv, KvServer};
-use d_engine_proto::v1::lease_server::LeaseServer;
-use d_engine_proto::v1::session_server::SessionServer;
+use d_engine_proto::v1::lease_server::{Lease, LeaseServer};
+use d_engine_proto::v1::pipeline_server::PipelineServer;
+use d_engine_proto::v1::session_server::{Session, SessionServer};
+use d_engine_proto::v1::{answer, operation};
 use d_engine_proto::{DetailedStatus, ErrorCode, v1};
 use parking_lot::Mutex;
+use pipeline::{Manner, Operate, PipelineOf, operate_by_calls};
 use store::Store;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -50,10 +54,17 @@ pub(crate) struct Script {
     /// Refuses to register sessions with this error. Otherwise it registers them whatever its behaviour, except that a
     /// node that does not lead refuses.
     pub(crate) no_sessions: Option<DetailedStatus>,
+    pub(crate) manner: Manner,
+    /// What it has applied of the store, as far as reads show it.
+    pub(crate) applied_max: u64,
     /// Requests received, by method.
     pub(crate) puts: u32,
     pub(crate) gets: u32,
     pub(crate) renewals: u32,
+    /// Messages of pipelines, and the operations and cancellations in them.
+    pub(crate) messages: u32,
+    pub(crate) operations: u32,
+    pub(crate) cancels: u32,
     /// The `grpc-timeout` of the last request.
     pub(crate) timeout: Option<String>,
 }
@@ -88,9 +99,14 @@ impl FakeNode {
             leader: None,
             store: Arc::new(Mutex::new(Store { revision: 1, session_ttl_ms: 60_000, ..Store::default() })),
             no_sessions: None,
+            manner: Manner::Serve,
+            applied_max: u64::MAX,
             puts: 0,
             gets: 0,
             renewals: 0,
+            messages: 0,
+            operations: 0,
+            cancels: 0,
             timeout: None,
         }));
         let service = Service(Arc::clone(&script));
@@ -98,6 +114,7 @@ impl FakeNode {
             .add_service(KvServer::new(service.clone()))
             .add_service(LeaseServer::new(service.clone()))
             .add_service(SessionServer::new(service.clone()))
+            .add_service(PipelineServer::new(PipelineOf(service.clone())))
             .add_service(ClusterServer::new(service));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         runtime.spawn(async move {
@@ -209,7 +226,12 @@ pub(crate) fn client(seeds: &[&FakeNode], timeout: Duration) -> Client {
 
 pub(crate) fn builder(seeds: &[&FakeNode], timeout: Duration) -> ClientBuilder {
     let endpoints = seeds.iter().map(|node| node.address.clone());
-    Client::builder().endpoints(endpoints).call_timeout(timeout)
+    Client::builder().endpoints(endpoints).call_timeout(timeout).pipelined(pipelined())
+}
+
+/// Whether the tests of this binary go over the pipeline: `tests/unary.rs` has them all once more, over unary calls.
+pub(crate) fn pipelined() -> bool {
+    !module_path!().starts_with("unary::")
 }
 
 /// A generous bound on everything a test waits for.
@@ -277,6 +299,32 @@ impl Service {
     }
 }
 
+impl Operate for Service {
+    async fn operate(&self, operation: operation::Request, timeout: Duration) -> Result<answer::Reply, Status> {
+        operate_by_calls!(operation, self, timeout;
+            Put: Kv::put, Get: Kv::get, GetMany: Kv::get_many, Range: Kv::range, Delete: Kv::delete,
+            DeleteRange: Kv::delete_range, CompareAndSwap: Kv::compare_and_swap, Txn: Kv::txn,
+            LeaseGrant: Lease::grant, LeaseRevoke: Lease::revoke, LeaseRenew: Lease::renew,
+            LeaseTimeToLive: Lease::time_to_live, LeaseList: Lease::list,
+            SessionRegister: Session::register, SessionRenew: Session::renew, SessionClose: Session::close,
+            Members: Cluster::members, Status: Cluster::status,
+        )
+    }
+
+    fn manner(&self) -> Manner {
+        self.0.lock().manner
+    }
+
+    fn received(&self, batch: &v1::OperationBatch) {
+        let cancel = |operation: &&v1::Operation| matches!(operation.request, Some(operation::Request::Cancel(_)));
+        let cancels = u32::try_from(batch.operations.iter().filter(cancel).count()).unwrap();
+        let mut script = self.0.lock();
+        script.messages += 1;
+        script.cancels += cancels;
+        script.operations += u32::try_from(batch.operations.len()).unwrap() - cancels;
+    }
+}
+
 fn timeout_of<T>(request: &Request<T>) -> Option<String> {
     request.metadata().get("grpc-timeout").map(|value| value.to_str().unwrap().to_owned())
 }
@@ -303,8 +351,14 @@ impl Kv for Service {
             script.gets += 1;
             script.timeout = timeout_of(&request);
         }
-        self.behave(|store, header| {
-            let kv = store.keys.get(&request.into_inner().key).cloned();
+        let applied_max = self.0.lock().applied_max;
+        self.behave(|store, mut header| {
+            let request = request.into_inner();
+            header.revision = header.revision.min(applied_max);
+            if request.read.is_some_and(|read| read.min_revision > header.revision) {
+                return Err(refusal(ErrorCode::Behind, v1::Outcome::NotApplied, true));
+            }
+            let kv = store.keys.get(&request.key).filter(|kv| kv.mod_revision <= header.revision).cloned();
             Ok(v1::GetResponse { header: Some(header), kv })
         })
         .await
