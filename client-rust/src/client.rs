@@ -87,7 +87,7 @@ impl Client {
 
     pub(crate) fn start(seeds: Vec<Address>, options: Options, runtime: &Handle) -> Self {
         let shared = Arc::new(Shared {
-            connections: Connections::new(options.connect_timeout),
+            connections: Connections::new(options.connect_timeout, options.security.clone()),
             links: Links::default(),
             options,
             sessions: Sessions::default(),
