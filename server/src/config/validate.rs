@@ -229,7 +229,11 @@ fn tls(config: &RaftNodeConfig) -> Result<(), ConfigError> {
             None => Ok(()),
         };
     }
-    let needs = |key: &'static str, reason: &str, remedy: &str| Err(invalid(config, key, reason.to_owned(), remedy));
+    // A key that is missing has no place; its section has one.
+    let needs = |key: &'static str, problem: &str, remedy: &str| {
+        let place = config.place_of(key).or_else(|| config.place_of("tls"));
+        Err(ConfigError::Invalid { place, key, problem: problem.to_owned(), remedy: remedy.to_owned() })
+    };
     if tls.cert_file.is_none() {
         return needs("tls.cert_file", "TLS is on and no certificate is named", "name a PEM file with this node's");
     }
