@@ -1,9 +1,10 @@
 //! The command line.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use d_engine_client::{Client, ClientBuilder, Consistency, Revision};
+use d_engine_client::{Client, ClientBuilder, Consistency, Revision, TlsOptions};
 
 use crate::compact::CompactArgs;
 use crate::encoding::Encoding;
@@ -93,6 +94,18 @@ pub(crate) struct ClientArgs {
     /// Budget of each call, such as 500ms or 5s [default: 5s, for status 2s]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
+    /// Speak TLS, and trust servers whose certificate comes from a CA in this PEM file
+    #[arg(long, global = true, env = "D_ENGINE_TLS_CA", value_name = "PATH")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// Show the certificate in this PEM file
+    #[arg(long, global = true, env = "D_ENGINE_TLS_CERT", value_name = "PATH")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// The private key of --tls-cert, a PEM file
+    #[arg(long, global = true, env = "D_ENGINE_TLS_KEY", value_name = "PATH")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Expect this name in the servers' certificates instead of the host they are reached at
+    #[arg(long, global = true, env = "D_ENGINE_TLS_SERVER_NAME", value_name = "NAME")]
+    pub(crate) tls_server_name: Option<String>,
     /// Layout of the output
     #[arg(long, short, global = true, value_name = "LAYOUT", default_value = "table")]
     pub(crate) output: Layout,
@@ -110,20 +123,42 @@ pub(crate) struct ClientArgs {
 impl ClientArgs {
     /// The client these arguments describe. Within a runtime.
     pub(crate) fn client(&self) -> Result<Client, Failure> {
-        Ok(self.builder().build()?)
+        Ok(self.builder()?.build()?)
     }
 
-    pub(crate) fn builder(&self) -> ClientBuilder {
+    /// What the TLS flags say; `None` if there is none of them.
+    fn tls(&self) -> Result<Option<TlsOptions>, Failure> {
+        let Some(ca) = &self.tls_ca else {
+            let others = self.tls_cert.is_some() || self.tls_key.is_some() || self.tls_server_name.is_some();
+            let problem = "--tls-ca is missing: the other TLS options have no effect without it";
+            return if others { Err(Failure::Usage(problem.to_owned())) } else { Ok(None) };
+        };
+        let mut tls = TlsOptions::new().ca_file(ca);
+        match (&self.tls_cert, &self.tls_key) {
+            (Some(certificate), Some(key)) => tls = tls.identity_files(certificate, key),
+            (None, None) => {}
+            _ => return Err(Failure::Usage("--tls-cert and --tls-key go together".to_owned())),
+        }
+        Ok(Some(match &self.tls_server_name {
+            Some(name) => tls.server_name(name),
+            None => tls,
+        }))
+    }
+
+    pub(crate) fn builder(&self) -> Result<ClientBuilder, Failure> {
         let mut builder = Client::builder().endpoints(&self.endpoints);
         if let Some(timeout) = self.timeout {
             builder = builder.call_timeout(timeout).connect_timeout(timeout.min(Duration::from_secs(1)));
         }
-        match self.consistency {
+        if let Some(tls) = self.tls()? {
+            builder = builder.tls(tls);
+        }
+        Ok(match self.consistency {
             None => builder,
             Some(Reads::Linearizable) => builder.default_consistency(Consistency::Linearizable),
             Some(Reads::Lease) => builder.default_consistency(Consistency::Lease),
             Some(Reads::Eventual) => builder.default_consistency(Consistency::Eventual),
-        }
+        })
     }
 
     pub(crate) fn min_revision(&self) -> Revision {

@@ -49,7 +49,7 @@ struct StateJson {
 }
 
 pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
-    let builder = args.builder().call_timeout(args.timeout.unwrap_or(TIMEOUT));
+    let builder = args.builder()?.call_timeout(args.timeout.unwrap_or(TIMEOUT));
     let client = builder.build()?;
     let rows = ask_everybody(&client, args).await;
     match args.output {

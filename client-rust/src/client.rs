@@ -96,7 +96,7 @@ impl Client {
         let closed = CancellationToken::new();
         let tasks = Tasks::new(runtime, &closed);
         let shared = Arc::new(Shared {
-            connections: Connections::new(options.connect_timeout, tasks.clone()),
+            connections: Connections::new(options.connect_timeout, options.security.clone(), tasks.clone()),
             links: Links::default(),
             room: Room::new(options.calls_in_flight_max, options.bytes_in_flight_max),
             options,

@@ -18,6 +18,7 @@ use crate::pipeline::Link;
 use crate::retry::Cause;
 use crate::tasks::Tasks;
 use crate::topology::Address;
+use crate::transport::{Connector, Security};
 
 /// A silent connection is noticed after interval plus timeout, also while nothing is in flight.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
@@ -53,6 +54,7 @@ pub(crate) struct Connection {
 /// The channels of a client.
 pub(crate) struct Connections {
     connect_timeout: Duration,
+    security: Security,
     tasks: Tasks,
     slots: Mutex<Slots>,
 }
@@ -64,8 +66,8 @@ struct Slots {
 }
 
 impl Connections {
-    pub(crate) fn new(connect_timeout: Duration, tasks: Tasks) -> Self {
-        Self { connect_timeout, tasks, slots: Mutex::default() }
+    pub(crate) fn new(connect_timeout: Duration, security: Security, tasks: Tasks) -> Self {
+        Self { connect_timeout, security, tasks, slots: Mutex::default() }
     }
 
     /// The connection to `address`, if there is one.
@@ -115,21 +117,27 @@ impl Connections {
 
     fn connect(&self, address: &Address) -> Connecting {
         let timeout = self.connect_timeout;
-        let endpoint = Endpoint::from_shared(format!("http://{address}"));
+        let scheme = if self.security.is_on() { "https" } else { "http" };
+        let endpoint = Endpoint::from_shared(format!("{scheme}://{address}"));
+        let (connector, hearing) = Connector::new(self.security.clone(), timeout);
         let tasks = self.tasks.clone();
         let connect = async move {
             let endpoint = endpoint
                 .map_err(Cause::of)?
                 .executor(tasks)
                 .connect_timeout(timeout)
-                .tcp_nodelay(true)
                 .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
                 .keep_alive_timeout(KEEPALIVE_TIMEOUT)
                 .keep_alive_while_idle(true)
                 .initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
-            match tokio::time::timeout(timeout, endpoint.connect()).await {
-                Ok(connected) => connected.map_err(Cause::of),
+            let connecting = async {
+                let channel = endpoint.connect_with_connector(connector).await.map_err(Cause::of)?;
+                hearing.await.unwrap_or_else(|_| Err(Cause::text("the connection ended before the server spoke")))?;
+                Ok(channel)
+            };
+            match tokio::time::timeout(timeout, connecting).await {
+                Ok(connected) => connected,
                 Err(_) => Err(Cause::text(format!("no connection within {timeout:?}"))),
             }
         };

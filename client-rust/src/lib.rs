@@ -22,8 +22,8 @@
 //! From top to bottom: a request (`read`, `write`, `range`, `txn`, `lease`, `maintenance`, `cluster`) becomes a protocol
 //! message and a plan; `namespace` maps its keys on the way in and those of the answer on the way out; `call` makes
 //! attempts until one succeeds, `retry` says that it must not go on, or the deadline passes; `session` gives a write the
-//! number under which it is applied once; `topology` picks the node of each attempt; `connection` has the channels, and
-//! `gate` proves what was not sent. Beside them, `keeper` keeps a lease alive, by the `clock` that counts suspended time.
+//! number under which it is applied once; `topology` picks the node of each attempt; `connection` has the channels over
+//! what `transport` connects, with `tls` or without, and `gate` proves what was not sent. Beside them, `keeper` keeps a lease alive, by the `clock` that counts suspended time.
 //!
 //! A `watch` goes on by itself wherever it breaks, over the streams of `watch_link`; `snapshot_watch` puts a list before
 //! it, and `cache` keeps what both give. A `lock` and an `election` are a place in a `lock_queue`: a key under a lease
@@ -50,6 +50,8 @@ mod maintenance;
 mod namespace;
 mod options;
 mod pipeline;
+#[cfg(not(feature = "tls"))]
+mod plain;
 mod range;
 mod read;
 mod retry;
@@ -58,7 +60,10 @@ mod session;
 mod snapshot_watch;
 mod stats;
 mod tasks;
+#[cfg(feature = "tls")]
+mod tls;
 mod topology;
+mod transport;
 mod txn;
 mod until;
 mod watch;
@@ -85,6 +90,8 @@ pub use range::{Pages, Range, RangeResponse};
 pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};
 pub use snapshot_watch::{SnapshotWatch, SnapshotWatchCall};
 pub use stats::Stats;
+#[cfg(feature = "tls")]
+pub use tls::TlsOptions;
 pub use txn::{Compare, Op, Relation, Txn, TxnCall, TxnResponse, TxnResult};
 pub use watch::{Watch, WatchEvent, WatchStream, WatchUpdate};
 pub use write::{

@@ -7,7 +7,10 @@ use d_engine_proto::defaults;
 use crate::client::Client;
 use crate::error::Error;
 use crate::read::Consistency;
+#[cfg(feature = "tls")]
+use crate::tls::TlsOptions;
 use crate::topology::Address;
+use crate::transport::Security;
 
 /// Longer timeouts are cut to this: no call outlives a day.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
@@ -28,6 +31,7 @@ pub(crate) struct Options {
     pub(crate) monotonic_reads: bool,
     pub(crate) calls_in_flight_max: u32,
     pub(crate) bytes_in_flight_max: u32,
+    pub(crate) security: Security,
 }
 
 /// Builds a [`Client`].
@@ -69,11 +73,13 @@ impl ClientBuilder {
                 monotonic_reads: false,
                 calls_in_flight_max: CALLS_IN_FLIGHT_MAX,
                 bytes_in_flight_max: BYTES_IN_FLIGHT_MAX,
+                security: Security::default(),
             },
         }
     }
 
-    /// Nodes to start from, each `host:port`. One that can be reached is enough: it tells of the others. Adds to those
+    /// Nodes to start from, each `host:port`, or with `https://` before it if there are TLS options and `http://` if
+    /// there are none. One that can be reached is enough: it tells of the others. Adds to those
     /// given before.
     pub fn endpoints(mut self, endpoints: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.endpoints.extend(endpoints.into_iter().map(Into::into));
@@ -138,11 +144,19 @@ impl ClientBuilder {
         self
     }
 
+    /// Speaks TLS with every server, those it learns of included. Unless given, it speaks it with none.
+    #[cfg(feature = "tls")]
+    pub fn tls(mut self, options: TlsOptions) -> Self {
+        self.options.security = Security::new(options);
+        self
+    }
+
     /// Builds the client without waiting for any node. Must be called within a Tokio runtime, which then runs the
     /// client's background work.
     ///
     /// # Errors
-    /// `InvalidArgument`: no endpoint, a malformed one, or no runtime.
+    /// `InvalidArgument`: no endpoint, a malformed one, one whose scheme contradicts the TLS options, TLS options that
+    /// do not serve, or no runtime.
     pub fn build(self) -> Result<Client, Error> {
         let invalid = |message: String| Error::invalid("build", message);
         if self.endpoints.is_empty() {
@@ -151,10 +165,12 @@ impl ClientBuilder {
         let mut seeds = Vec::with_capacity(self.endpoints.len());
         for endpoint in &self.endpoints {
             let seed = Address::parse(endpoint).map_err(invalid)?;
+            scheme_agrees(endpoint, self.options.security.is_on()).map_err(invalid)?;
             if !seeds.contains(&seed) {
                 seeds.push(seed);
             }
         }
+        self.options.security.check().map_err(invalid)?;
         let runtime = tokio::runtime::Handle::try_current()
             .map_err(|_| invalid("a client is built within a Tokio runtime, and there is none here".to_owned()))?;
         Ok(Client::start(seeds, self.options, &runtime))
@@ -168,6 +184,22 @@ impl ClientBuilder {
         let client = self.build()?;
         client.members().await?;
         Ok(client)
+    }
+}
+
+/// An endpoint that promises more or less than the client keeps is refused rather than reached some other way.
+fn scheme_agrees(endpoint: &str, tls: bool) -> Result<(), String> {
+    match endpoint.trim().split_once("://") {
+        Some(("https", _)) if !tls && cfg!(feature = "tls") => {
+            Err(format!("endpoint {endpoint:?} asks for TLS, and there are no TLS options: give some to `tls`"))
+        }
+        Some(("https", _)) if !tls => {
+            Err(format!("endpoint {endpoint:?} asks for TLS, and this client was built without its feature `tls`"))
+        }
+        Some(("http", _)) if tls => {
+            Err(format!("endpoint {endpoint:?} asks for no TLS, and there are TLS options: write https:// or nothing"))
+        }
+        _ => Ok(()),
     }
 }
 

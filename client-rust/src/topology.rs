@@ -21,14 +21,14 @@ use crate::retry::backoff;
 pub(crate) struct Address(Arc<str>);
 
 impl Address {
-    /// Accepts `host:port`, `[v6]:port`, and the same after `http://`.
+    /// Accepts `host:port`, `[v6]:port`, and the same after `http://` or `https://`.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let bare = text.trim();
-        let bare = bare.strip_prefix("http://").unwrap_or(bare);
+        let bare = bare.strip_prefix("http://").or_else(|| bare.strip_prefix("https://")).unwrap_or(bare);
         let bare = bare.strip_suffix('/').unwrap_or(bare);
         let malformed = || format!("endpoint {text:?} is not of the form host:port");
         if bare.contains("://") {
-            return Err(format!("endpoint {text:?} names a scheme; only http:// or none is supported"));
+            return Err(format!("endpoint {text:?} names a scheme; only https://, http:// or none is supported"));
         }
         let authority: tonic::codegen::http::uri::Authority = bare.parse().map_err(|_| malformed())?;
         match authority.port_u16() {

@@ -48,11 +48,13 @@ impl Fixture {
 
 #[test]
 fn endpoints_are_host_and_port_and_nothing_else() {
-    for good in ["127.0.0.1:9081", "http://node-1.example:1/", "[::1]:9081", " localhost:65535 "] {
+    for good in
+        ["127.0.0.1:9081", "http://node-1.example:1/", "https://node-1.example:1", "[::1]:9081", " localhost:65535 "]
+    {
         assert!(Address::parse(good).is_ok(), "{good}");
     }
     assert_eq!(address("http://n1:9081/").as_str(), "n1:9081");
-    for bad in ["", "n1", "n1:", "n1:0", ":9081", "n1:70000", "https://n1:9081", "n1:9081/path", "u@n1:9081", "a b:1"] {
+    for bad in ["", "n1", "n1:", "n1:0", ":9081", "n1:70000", "ftp://n1:9081", "n1:9081/path", "u@n1:9081", "a b:1"] {
         assert!(Address::parse(bad).is_err(), "{bad}");
     }
 }

@@ -185,6 +185,24 @@ pub const MONITORING_CONNECTIONS_MAX: usize = 64;
 /// How long a connection to the monitoring port may last: probes come and go, and a silent one holds a place.
 pub const MONITORING_CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 
+/// How long a connection may take to speak TLS before it gives its place back.
+pub const TLS_HANDSHAKE_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// How long a connection that is refused stays open for its peer to read why.
+pub const TLS_ALERT_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Shortest pause between two log lines of connections that are refused: whoever is, comes again and again.
+pub const TLS_LOG_PAUSE: Duration = Duration::from_secs(1);
+
+/// Default of `tls.reload_interval_ms`.
+pub const TLS_RELOAD_INTERVAL_MS_DEFAULT: u64 = 10_000;
+
+/// Shortest `tls.reload_interval_ms`: looking reads the files.
+pub const TLS_RELOAD_INTERVAL_MS_MIN: u64 = 100;
+
+/// Longest `tls.reload_interval_ms`: a day.
+pub const TLS_RELOAD_INTERVAL_MS_MAX: u64 = 86_400_000;
+
 /// Default of `raft.read_consistency.lease_duration_ms`.
 pub const LEASE_MS_DEFAULT: u64 = 250;
 
@@ -269,5 +287,7 @@ const _: () = {
     assert!(HISTORY_RETENTION_MS_DEFAULT <= HISTORY_RETENTION_MS_MAX);
     // Storage and peers have files left when the monitoring port is full.
     assert!(2 * MONITORING_CONNECTIONS_MAX < FILES_RESERVED);
+    assert!(TLS_RELOAD_INTERVAL_MS_MIN <= TLS_RELOAD_INTERVAL_MS_DEFAULT);
+    assert!(TLS_RELOAD_INTERVAL_MS_DEFAULT <= TLS_RELOAD_INTERVAL_MS_MAX);
     assert!(KEEPALIVE_TIMEOUT.as_millis() < KEEPALIVE_INTERVAL.as_millis());
 };

@@ -27,6 +27,10 @@ pub struct Metrics {
     request_duration: Family<MethodLabels, Histogram>,
     connections: Gauge,
     connections_refused: Counter,
+    tls_refused: Counter,
+    tls_reloads: Counter,
+    tls_reload_failures: Counter,
+    tls_certificate_expiry: Gauge,
     term: Gauge,
     is_leader: Gauge,
     leader_changes: Counter,
@@ -103,6 +107,10 @@ impl Metrics {
             request_duration: Family::new_with_constructor(latencies),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
+            tls_refused: Counter::default(),
+            tls_reloads: Counter::default(),
+            tls_reload_failures: Counter::default(),
+            tls_certificate_expiry: Gauge::default(),
             term: Gauge::default(),
             is_leader: Gauge::default(),
             leader_changes: Counter::default(),
@@ -140,6 +148,13 @@ impl Metrics {
         registry.register("connections", "Open gRPC connections", self.connections.clone());
         let refused = self.connections_refused.clone();
         registry.register("connections_refused", "Connections closed for being too many", refused);
+        let refused = self.tls_refused.clone();
+        registry.register("tls_refused", "Connections and calls refused for what they showed of themselves", refused);
+        registry.register("tls_reloads", "Changed certificates taken over", self.tls_reloads.clone());
+        let failures = self.tls_reload_failures.clone();
+        registry.register("tls_reload_failures", "Changed certificates not taken over", failures);
+        let expiry = self.tls_certificate_expiry.clone();
+        registry.register("tls_certificate_expiry_seconds", "When the certificate in force expires", expiry);
         registry.register("raft_term", "Current Raft term", self.term.clone());
         registry.register("raft_is_leader", "1 while this node leads, else 0", self.is_leader.clone());
         registry.register("raft_committed_index", "Last log entry known committed", self.committed_index.clone());
@@ -196,6 +211,26 @@ impl Metrics {
     /// A gRPC connection was closed at once, since there are too many.
     pub fn connection_refused(&self) {
         self.connections_refused.inc();
+    }
+
+    /// A connection failed its handshake, or a call between members came from somebody who is none.
+    pub fn tls_refused(&self) {
+        self.tls_refused.inc();
+    }
+
+    /// Changed certificates came into force.
+    pub fn tls_reloaded(&self) {
+        self.tls_reloads.inc();
+    }
+
+    /// Changed certificates do not serve.
+    pub fn tls_reload_failed(&self) {
+        self.tls_reload_failures.inc();
+    }
+
+    /// The certificate now in force expires so many seconds after 1970 began.
+    pub fn tls_certificate(&self, expiry_seconds: u64) {
+        self.tls_certificate_expiry.set(saturating(expiry_seconds));
     }
 
     /// Raft's term and whether this node leads in it.

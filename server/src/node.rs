@@ -16,6 +16,7 @@ use crate::monitoring;
 use crate::services::{self, ServeError};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::{RocksDBStorageEngine, StorageError};
+use crate::tls::{Tls, TlsError};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
 const LOG_DIRECTORY: &str = "log";
@@ -31,6 +32,9 @@ pub enum NodeError {
     /// A data directory cannot be used.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// A certificate, key or CA cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The node must not take part, or consensus ended.
     #[error(transparent)]
     Consensus(#[from] StartError),
@@ -67,11 +71,19 @@ impl Node {
             None => None,
         };
         let root = config.cluster.db_root_dir.clone();
-        let (log, state_machine) = blocking("opening the data directories", move || open(&root)).await??;
         let metrics = Arc::new(Metrics::default());
+        let tls = match config.tls.is_on() {
+            true => {
+                let (tls, metrics) = (config.tls.clone(), metrics.clone());
+                Some(blocking("reading the certificates", move || Tls::load(tls, metrics)).await??)
+            }
+            false => None,
+        };
+        let (log, state_machine) = blocking("opening the data directories", move || open(&root)).await??;
         let kv = Arc::new(state_machine);
         let consensus_config = consensus_config(&config);
-        let (consensus, peers) = Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone()).await?;
+        let (consensus, peers) =
+            Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone(), tls.clone()).await?;
         let read_policy = ReadPolicy {
             default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
@@ -86,8 +98,17 @@ impl Node {
         let engine = Engine::new(consensus, kv, engine_config, metrics.clone());
 
         let (stop, stopped) = watch::channel(false);
-        let serving =
-            services::serve(listener, engine.clone(), peers, &config, metrics.clone(), asked(stopped.clone()));
+        if let Some(tls) = tls.clone() {
+            let told_to_stop = asked(stopped.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = told_to_stop => {}
+                    () = tls.keep_fresh() => {}
+                }
+            });
+        }
+        let told_to_stop = asked(stopped.clone());
+        let serving = services::serve(listener, engine.clone(), peers, &config, tls, metrics.clone(), told_to_stop);
         let serving = tokio::spawn(serving);
         let monitoring = monitoring_listener
             .map(|listener| tokio::spawn(monitoring::serve(listener, engine.clone(), metrics, asked(stopped))));
@@ -95,6 +116,7 @@ impl Node {
             node = config.cluster.node_id,
             address = listen_address,
             data = %config.cluster.db_root_dir.display(),
+            tls = config.tls.is_on(),
             "node started"
         );
         Ok(Self { engine, stop, serving, monitoring })

@@ -59,7 +59,12 @@ fn every_configuration_shown_is_accepted() {
             checked += 1;
         }
     }
-    assert!(checked >= 7, "only {checked} configurations were found");
+    for node in 1..=3 {
+        let path = root().join(format!("examples/tls/n{node}.toml"));
+        accepts(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        checked += 1;
+    }
+    assert!(checked >= 11, "only {checked} configurations were found");
 }
 
 /// The keys of the table in docs/configuration.md, with their defaults where these are written as code.

@@ -69,6 +69,14 @@ fn the_example_of_three_nodes_does_what_its_readme_shows() {
 }
 
 #[test]
+fn the_example_of_tls_does_what_its_readme_shows() {
+    let directory = tempfile::tempdir().unwrap();
+    let example = directory.path().join("tls");
+    copy("tls", &example);
+    is_true("examples/tls/README.md", &example);
+}
+
+#[test]
 fn a_session_that_lies_is_seen() {
     let directory = tempfile::tempdir().unwrap();
     let exchange = |command: &str, expected: &str| Exchange {

@@ -9,7 +9,9 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Error, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::{FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig, ReadPolicy};
+use super::{
+    ClientAuth, FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig, ReadPolicy,
+};
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -124,6 +126,13 @@ struct Network {
 #[serde(deny_unknown_fields, default)]
 struct Tls {
     enabled: Option<bool>,
+    cert_file: Option<PathBuf>,
+    key_file: Option<PathBuf>,
+    client_ca_file: Option<PathBuf>,
+    client_auth: Option<ClientAuth>,
+    peer_ca_file: Option<PathBuf>,
+    peer_name: Option<String>,
+    reload_interval_ms: Option<u64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -169,7 +178,16 @@ impl FileConfig {
         set(&mut target.connections_max, network.connections_max);
         set(&mut target.streams_per_connection_max, network.streams_per_connection_max);
 
-        set(&mut config.tls.enabled, tls.enabled);
+        let target = &mut config.tls;
+        set_optional(&mut target.enabled, tls.enabled);
+        set_optional(&mut target.cert_file, tls.cert_file);
+        set_optional(&mut target.key_file, tls.key_file);
+        set_optional(&mut target.client_ca_file, tls.client_ca_file);
+        set_optional(&mut target.client_auth, tls.client_auth);
+        set_optional(&mut target.peer_ca_file, tls.peer_ca_file);
+        set_optional(&mut target.peer_name, tls.peer_name);
+        set(&mut target.reload_interval, tls.reload_interval_ms.map(Duration::from_millis));
+
         set_optional(&mut config.monitoring.listen_address, monitoring.listen_address);
     }
 }

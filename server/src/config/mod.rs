@@ -254,11 +254,52 @@ pub struct NetworkConfig {
     pub streams_per_connection_max: u32,
 }
 
-/// Encryption of the gRPC port; not supported yet.
-#[derive(Clone, Debug, Default)]
+/// TLS of the port for clients and members; the monitoring port stays as it is.
+#[derive(Clone, Debug)]
 pub struct TlsConfig {
-    /// Whether it is on.
-    pub enabled: bool,
+    /// Whether it is on. Unset: if there is a `cert_file`.
+    pub enabled: Option<bool>,
+    /// PEM file with this node's certificate, and with those between it and its CA.
+    pub cert_file: Option<PathBuf>,
+    /// PEM file with the private key of that certificate.
+    pub key_file: Option<PathBuf>,
+    /// PEM file with the certificates of the CAs whose certificates clients may show.
+    pub client_ca_file: Option<PathBuf>,
+    /// Whether clients show one. Unset: required if there is a `client_ca_file`, else not.
+    pub client_auth: Option<ClientAuth>,
+    /// PEM file with the certificates of the CAs of members.
+    pub peer_ca_file: Option<PathBuf>,
+    /// The DNS name that the certificate of every member carries, and of nobody else.
+    pub peer_name: Option<String>,
+    /// How often the files are looked at for changes.
+    pub reload_interval: Duration,
+}
+
+/// Whether a client shows a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientAuth {
+    /// It needs none.
+    None,
+    /// It may; one that is not from `client_ca_file` is refused.
+    Optional,
+    /// Whoever shows none is refused.
+    Required,
+}
+
+impl TlsConfig {
+    /// Whether the port speaks TLS.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        self.enabled.unwrap_or(self.cert_file.is_some())
+    }
+
+    /// Whether a client shows a certificate.
+    #[must_use]
+    pub fn client_auth(&self) -> ClientAuth {
+        let follows = if self.client_ca_file.is_some() { ClientAuth::Required } else { ClientAuth::None };
+        self.client_auth.unwrap_or(follows)
+    }
 }
 
 /// The HTTP port for metrics and load balancers.
@@ -317,6 +358,21 @@ impl Default for NetworkConfig {
             call_timeout: limits::CALL_TIMEOUT_DEFAULT,
             connections_max: limits::CONNECTIONS_MAX_DEFAULT,
             streams_per_connection_max: limits::STREAMS_PER_CONNECTION_DEFAULT,
+        }
+    }
+}
+
+impl Default for TlsConfig {
+    fn default() -> Self {
+        Self {
+            enabled: None,
+            cert_file: None,
+            key_file: None,
+            client_ca_file: None,
+            client_auth: None,
+            peer_ca_file: None,
+            peer_name: None,
+            reload_interval: Duration::from_millis(limits::TLS_RELOAD_INTERVAL_MS_DEFAULT),
         }
     }
 }

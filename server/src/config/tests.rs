@@ -384,9 +384,34 @@ fn what_would_silently_not_be_honoured_is_refused_as_not_supported_yet() {
     for (text, key) in [
         ("[raft.persistence]\nstrategy = \"MemFirst\"", "raft.persistence.strategy"),
         ("[raft.snapshot]\nenable = true", "raft.snapshot.enable"),
-        ("[tls]\nenabled = true", "tls.enabled"),
         ("[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\", status = 1 }]", "cluster.initial_cluster"),
     ] {
         assert_refused(text, &[&format!("n1.toml:2: {key}"), "not supported yet"]);
     }
+}
+
+#[test]
+fn keys_of_tls_go_together() {
+    const ALONE: &str = "[tls]\ncert_file = \"n1.pem\"\nkey_file = \"n1.key\"\n";
+    let three = "[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\" }, { id = 2, address = \"b:1\" }]\n";
+    for (text, words) in [
+        ("[tls]\nkey_file = \"n1.key\"".to_owned(), ["tls.key_file", "tls.cert_file"]),
+        ("[tls]\nenabled = true".to_owned(), ["tls.cert_file", "no certificate"]),
+        ("[tls]\ncert_file = \"n1.pem\"".to_owned(), ["tls.key_file", "private key"]),
+        (format!("{ALONE}client_auth = \"optional\""), ["tls.client_ca_file", "whose count"]),
+        (format!("{ALONE}client_ca_file = \"ca\"\nclient_auth = \"none\""), ["tls.client_auth", "without effect"]),
+        (format!("{ALONE}client_auth = \"maybe\""), ["client_auth", "required"]),
+        (format!("{ALONE}peer_name = \"peer\""), ["tls.peer_ca_file", "CA"]),
+        (format!("{ALONE}peer_ca_file = \"ca\""), ["tls.peer_name", "DNS name"]),
+        (format!("{ALONE}peer_ca_file = \"ca\"\npeer_name = \"10.0.0.1\""), ["tls.peer_name", "no DNS name"]),
+        (format!("{ALONE}reload_interval_ms = 99"), ["tls.reload_interval_ms", "100 to"]),
+        (format!("{three}{ALONE}"), ["tls.peer_ca_file", "CA"]),
+    ] {
+        assert_refused(&text, &words);
+    }
+    let off = load(&format!("{ALONE}enabled = false\nclient_auth = \"required\"")).unwrap();
+    assert!(!off.tls.is_on());
+    assert_eq!(load(ALONE).unwrap().tls.client_auth(), ClientAuth::None);
+    let asked = load(&format!("{ALONE}client_ca_file = \"ca\"")).unwrap();
+    assert_eq!((asked.tls.is_on(), asked.tls.client_auth()), (true, ClientAuth::Required));
 }

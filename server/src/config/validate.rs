@@ -1,10 +1,12 @@
 //! The rules that no single key can be checked for, and what follows from other keys.
 
+use rustls::pki_types::ServerName;
+
 use super::address::Address;
 use super::error::ConfigError;
 use super::{
-    DEFAULT_LISTEN_ADDRESS, FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig,
-    milliseconds,
+    ClientAuth, DEFAULT_LISTEN_ADDRESS, FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy,
+    RaftNodeConfig, milliseconds,
 };
 use crate::limits;
 
@@ -20,6 +22,7 @@ pub(super) fn validate(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
     members(config)?;
     timings(config)?;
     persistence(config)?;
+    tls(config)?;
     bounds(config)
 }
 
@@ -30,10 +33,9 @@ fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: 
 fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     let joining = config.cluster.initial_cluster.iter().any(|member| member.status == MemberStatus::Joining);
     let mem_first = config.raft.persistence.strategy == PersistenceStrategy::MemFirst;
-    let features: [(bool, &'static str, &'static str, &'static str); 4] = [
+    let features: [(bool, &'static str, &'static str, &'static str); 3] = [
         (mem_first, "raft.persistence.strategy", "\"MemFirst\"", "use \"DiskFirst\""),
         (config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out"),
-        (config.tls.enabled, "tls.enabled", "true", "set it to false or leave it out"),
         (joining, "cluster.initial_cluster", "status \"joining\"", "list the founding members only, as \"active\""),
     ];
     match features.into_iter().find(|(wanted, ..)| *wanted) {
@@ -205,6 +207,75 @@ fn persistence(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
     config.warnings.push(format!(
         "{KEY} has nothing to do under strategy \"DiskFirst\": what is acknowledged is on the disks of a majority"
     ));
+    Ok(())
+}
+
+/// Which keys go together. What the files hold is checked at start, and again whenever they change.
+fn tls(config: &RaftNodeConfig) -> Result<(), ConfigError> {
+    let tls = &config.tls;
+    if !tls.is_on() {
+        let others = [
+            ("tls.key_file", tls.key_file.is_some()),
+            ("tls.client_ca_file", tls.client_ca_file.is_some()),
+            ("tls.client_auth", tls.client_auth.is_some()),
+            ("tls.peer_ca_file", tls.peer_ca_file.is_some()),
+            ("tls.peer_name", tls.peer_name.is_some()),
+        ];
+        return match others.into_iter().find(|(_, set)| *set && tls.enabled.is_none()) {
+            Some((key, _)) => {
+                let remedy = "set tls.cert_file too, or tls.enabled = false for a port without TLS";
+                Err(invalid(config, key, "there is no tls.cert_file, so TLS would be off".into(), remedy))
+            }
+            None => Ok(()),
+        };
+    }
+    // A key that is missing has no place; its section has one.
+    let needs = |key: &'static str, problem: &str, remedy: &str| {
+        let place = config.place_of(key).or_else(|| config.place_of("tls"));
+        Err(ConfigError::Invalid { place, key, problem: problem.to_owned(), remedy: remedy.to_owned() })
+    };
+    if tls.cert_file.is_none() {
+        return needs("tls.cert_file", "TLS is on and no certificate is named", "name a PEM file with this node's");
+    }
+    if tls.key_file.is_none() {
+        let remedy = "name the PEM file with the private key of tls.cert_file";
+        return needs("tls.key_file", "tls.cert_file is of no use without its key", remedy);
+    }
+    match (tls.client_auth(), &tls.client_ca_file) {
+        (ClientAuth::Optional | ClientAuth::Required, None) => {
+            let remedy = "set it, or leave tls.client_auth out";
+            return needs("tls.client_ca_file", "clients show certificates, and nothing says whose count", remedy);
+        }
+        (ClientAuth::None, Some(_)) => {
+            let remedy = "choose \"optional\" or \"required\", or leave tls.client_ca_file out";
+            return needs("tls.client_auth", "\"none\" leaves tls.client_ca_file without effect", remedy);
+        }
+        _ => {}
+    }
+    let alone = config.cluster.initial_cluster.len() == 1;
+    match (&tls.peer_ca_file, &tls.peer_name) {
+        (None, None) if alone => {}
+        (None, _) => {
+            let remedy = "name the PEM file with the certificate of the CA that issues those of members";
+            return needs("tls.peer_ca_file", "members know each other by certificates of it", remedy);
+        }
+        (_, None) => {
+            let remedy = "choose a DNS name, such as \"peer.d-engine\", that every member's certificate carries";
+            return needs("tls.peer_name", "members know each other by this name in their certificates", remedy);
+        }
+        (Some(_), Some(name)) => {
+            if !matches!(ServerName::try_from(name.as_str()), Ok(ServerName::DnsName(_))) {
+                let problem = format!("{name:?} is no DNS name");
+                return Err(invalid(config, "tls.peer_name", problem, "choose one such as \"peer.d-engine\""));
+            }
+        }
+    }
+    let interval = milliseconds(tls.reload_interval);
+    let bounds = limits::TLS_RELOAD_INTERVAL_MS_MIN..=limits::TLS_RELOAD_INTERVAL_MS_MAX;
+    if !bounds.contains(&interval) {
+        let remedy = format!("choose {} to {}", bounds.start(), bounds.end());
+        return Err(invalid(config, "tls.reload_interval_ms", format!("{interval} ms is out of bounds"), remedy));
+    }
     Ok(())
 }
 

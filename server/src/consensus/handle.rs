@@ -26,6 +26,7 @@ use crate::limits::APPEND_ENTRIES_MAX;
 use crate::metrics::Metrics;
 use crate::state_machine::{StateMachine, StoreTime};
 use crate::storage::{Durability, Identity, LogPosition, StorageEngine, StorageError, StorageOperation, StorageState};
+use crate::tls::Tls;
 
 /// The times Raft runs by. The configuration has checked how they relate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +135,7 @@ impl Consensus {
         engine: Arc<dyn StorageEngine>,
         state_machine: Arc<dyn StateMachine>,
         metrics: Arc<Metrics>,
+        tls: Option<Arc<Tls>>,
     ) -> Result<(Self, peer_service::Server), StartError> {
         let state = engine.state().map_err(Arc::new)?;
         let recovered = state_machine.applied();
@@ -142,7 +144,7 @@ impl Consensus {
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
         let log = Log::start(engine, &state, metrics.clone()).map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
-        let peers = Peers::new(local.clone(), stall);
+        let peers = Peers::new(local.clone(), stall, tls.clone());
 
         let (applied_sender, applied) =
             watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
@@ -197,7 +199,7 @@ impl Consensus {
             failure,
             timings: config.timings,
         };
-        Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service))))
+        Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
     }
 
     /// Proposes a command and waits for the state machine's answer. Dropping the future does not withdraw it.

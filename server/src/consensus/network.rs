@@ -36,6 +36,7 @@ use super::read_index::Confirmation;
 use crate::limits::{APPENDS_IN_FLIGHT_MAX, CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX};
 use crate::state_machine::StoreTime;
 use crate::storage::{LogPosition, LogRecord, Vote};
+use crate::tls::{PeerConnector, Tls};
 
 /// Who this node is, as its peers see it.
 pub(super) struct LocalIdentity {
@@ -98,13 +99,14 @@ pub(super) struct Peers {
     local: Arc<LocalIdentity>,
     channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
     told_commit: Arc<ToldCommit>,
+    tls: Option<Arc<Tls>>,
     /// A stream on which nothing moves for this long, though something should, is broken.
     stall: Duration,
 }
 
 impl Peers {
-    pub(super) fn new(local: Arc<LocalIdentity>, stall: Duration) -> Self {
-        Self { local, channels: Arc::default(), told_commit: Arc::default(), stall }
+    pub(super) fn new(local: Arc<LocalIdentity>, stall: Duration, tls: Option<Arc<Tls>>) -> Self {
+        Self { local, channels: Arc::default(), told_commit: Arc::default(), tls, stall }
     }
 
     /// The commit position that the peers were told.
@@ -117,7 +119,8 @@ impl Peers {
         let channel = match channels.get(&(address.to_owned(), lane)) {
             Some(channel) => channel.clone(),
             None => {
-                let channel = Endpoint::from_shared(format!("http://{address}"))
+                let scheme = if self.tls.is_some() { "https" } else { "http" };
+                let endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
                     .map_err(|error| Status::invalid_argument(format!("peer address {address}: {error}")))?
                     .connect_timeout(self.stall)
                     .tcp_nodelay(true)
@@ -125,8 +128,11 @@ impl Peers {
                     .keep_alive_timeout(self.stall)
                     .keep_alive_while_idle(true)
                     .initial_stream_window_size(CONNECTION_WINDOW_BYTES)
-                    .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-                    .connect_lazy();
+                    .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+                let channel = match &self.tls {
+                    Some(tls) => endpoint.connect_with_connector_lazy(PeerConnector::new(Arc::clone(tls))),
+                    None => endpoint.connect_lazy(),
+                };
                 channels.insert((address.to_owned(), lane), channel.clone());
                 channel
             }

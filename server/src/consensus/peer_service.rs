@@ -23,9 +23,12 @@ use std::sync::Arc;
 
 use d_engine_proto::v1;
 use d_engine_proto::v1::peer_server::{Peer, PeerServer};
+use d_engine_proto::{DetailedStatus, ErrorCode};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::formation::Formation;
@@ -39,6 +42,7 @@ use super::read_index::ReadIndex;
 use crate::clock::Moment;
 use crate::limits::PEER_MESSAGE_BYTES_MAX;
 use crate::storage::Identity;
+use crate::tls::Tls;
 
 /// The time after boot in which this node must not help to elect anyone.
 #[derive(Clone, Copy, Debug)]
@@ -77,12 +81,32 @@ pub(super) struct PeerService {
 }
 
 /// What the peers talk to, ready to be added to a gRPC server.
-pub type Server = PeerServer<Gate>;
+pub type Server = InterceptedService<PeerServer<Gate>, MembersOnly>;
 
-pub(super) fn server(service: Arc<PeerService>) -> Server {
-    PeerServer::new(Gate(service))
+pub(super) fn server(service: Arc<PeerService>, tls: Option<Arc<Tls>>) -> Server {
+    let server = PeerServer::new(Gate(service))
         .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX);
+    InterceptedService::new(server, MembersOnly(tls))
+}
+
+/// Before every call: with TLS, the caller's certificate has to be a member's.
+#[derive(Clone)]
+pub struct MembersOnly(Option<Arc<Tls>>);
+
+impl Interceptor for MembersOnly {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        let Some(tls) = &self.0 else { return Ok(request) };
+        match tls.admit_member(request.extensions().get()) {
+            Ok(()) => Ok(request),
+            Err(message) => {
+                let code = ErrorCode::FailedPrecondition.number();
+                let outcome = v1::Outcome::NotApplied as i32;
+                let detail = v1::ErrorDetail { code, outcome, ..v1::ErrorDetail::default() };
+                Err(DetailedStatus { message, detail }.into())
+            }
+        }
+    }
 }
 
 /// Implements the generated trait; a type of its own so that streams can keep the service alive.

@@ -99,7 +99,7 @@ impl Node {
         };
         let engine: Arc<dyn StorageEngine> = engine;
         let (consensus, peers) =
-            Consensus::start(config, engine, list.clone(), Arc::new(Metrics::default())).await.unwrap();
+            Consensus::start(config, engine, list.clone(), Arc::new(Metrics::default()), None).await.unwrap();
         let (serving, stopped) = oneshot::channel::<()>();
         let serve = tonic::transport::Server::builder().add_service(peers).serve_with_incoming_shutdown(
             TcpListenerStream::new(listener),
@@ -356,7 +356,7 @@ async fn another_nodes_directory_is_refused() {
         pending_bytes_max: 1 << 20,
     };
     let engine: Arc<dyn StorageEngine> = engine;
-    let refused = Consensus::start(config, engine, Arc::<List>::default(), Arc::default()).await.err().unwrap();
+    let refused = Consensus::start(config, engine, Arc::<List>::default(), Arc::default(), None).await.err().unwrap();
     assert!(matches!(refused, StartError::OtherNodesDirectory { expected: NodeId(2), found: NodeId(1) }), "{refused}");
 }
 
@@ -404,6 +404,6 @@ async fn a_state_without_its_log_is_refused() {
         pending_bytes_max: 1 << 20,
     };
     let engine: Arc<dyn StorageEngine> = Arc::new(MemoryStorageEngine::default());
-    let refused = Consensus::start(config, engine, list, Arc::default()).await.err().unwrap();
+    let refused = Consensus::start(config, engine, list, Arc::default(), None).await.err().unwrap();
     assert!(matches!(refused, StartError::StateWithoutLog { .. }), "{refused}");
 }

@@ -72,13 +72,13 @@ impl Cluster {
             let metrics = Arc::new(Metrics::new());
             let storage = Arc::new(MemoryStorageEngine::default());
             let (consensus, peers) =
-                Consensus::start(consensus_config, storage, kv.clone(), metrics.clone()).await.unwrap();
+                Consensus::start(consensus_config, storage, kv.clone(), metrics.clone(), None).await.unwrap();
             let engine = Engine::new(consensus, kv.clone(), config.clone(), metrics.clone());
             let (serving, stopped) = oneshot::channel::<()>();
             let shutdown = async {
                 let _ = stopped.await;
             };
-            tokio::spawn(serve(listener, engine.clone(), peers, &node_config, metrics, shutdown));
+            tokio::spawn(serve(listener, engine.clone(), peers, &node_config, None, metrics, shutdown));
             started.push(Node { engine, kv, _serving: serving, _directory: directory });
         }
         Self(started)

@@ -2,8 +2,12 @@
 //!
 //! A connection that is one too many is closed at once rather than left waiting in a queue nobody sees: the client
 //! learns of it and goes elsewhere. Storage never runs out of file descriptors because of clients.
+//!
+//! With TLS a connection is handed out after its handshake. Handshakes go on beside each other, each in the slot of its
+//! connection and for a bounded time, so that none holds up another.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -13,11 +17,14 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio::task::JoinSet;
+use tokio_rustls::server::TlsStream;
+use tonic::transport::server::Connected;
 
 use super::error::ServeError;
 use crate::limits::FILES_RESERVED;
 use crate::metrics::Metrics;
+use crate::tls::{Caller, Tls};
 
 /// Pause after the system refused to hand out a connection, so that a lack of files does not become a busy loop.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -67,6 +74,9 @@ pub(crate) struct Listener<F> {
     slots: Arc<Semaphore>,
     end: F,
     metrics: Option<Arc<Metrics>>,
+    tls: Option<Arc<Tls>>,
+    /// No more of them than slots.
+    handshakes: JoinSet<Option<Connection>>,
 }
 
 impl<F: Fn() -> End> Listener<F> {
@@ -74,40 +84,62 @@ impl<F: Fn() -> End> Listener<F> {
     pub(crate) fn new(tcp: TcpListener, connections_max: usize, end: F, metrics: Option<Arc<Metrics>>) -> Self {
         // A semaphore takes no more permits than that.
         let slots = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
-        Self { tcp, slots, end, metrics }
+        Self { tcp, slots, end, metrics, tls: None, handshakes: JoinSet::new() }
+    }
+
+    /// Speaks TLS on every connection, if any is given.
+    pub(super) fn with_tls(mut self, tls: Option<Arc<Tls>>) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// The next connection.
-    pub(crate) async fn next_connection(&self) -> Connection {
+    pub(crate) async fn next_connection(&mut self) -> Connection {
         loop {
-            match self.tcp.accept().await {
-                Ok((tcp, _)) => match self.slots.clone().try_acquire_owned() {
-                    Ok(slot) => {
-                        // Without it an answer may wait for the acknowledgement of the one before.
-                        if let Err(error) = tcp.set_nodelay(true) {
-                            tracing::debug!(%error, "a connection ended before it began");
-                            continue;
-                        }
-                        if let Some(metrics) = &self.metrics {
-                            metrics.connection_opened();
-                        }
-                        return Connection { tcp, end: (self.end)(), metrics: self.metrics.clone(), _slot: slot };
-                    }
-                    Err(_) => {
-                        tracing::debug!("a connection is refused: there are too many");
-                        if let Some(metrics) = &self.metrics {
-                            metrics.connection_refused();
-                        }
+            let (tcp, address) = tokio::select! {
+                accepted = self.tcp.accept() => match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) if of_one_connection(&error) => continue,
+                    Err(error) => {
+                        tracing::warn!(%error, "no connection can be accepted");
+                        tokio::time::sleep(PAUSE).await;
+                        continue;
                     }
                 },
-                Err(error) if of_one_connection(&error) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "no connection can be accepted");
-                    tokio::time::sleep(PAUSE).await;
+                Some(shaken) = self.handshakes.join_next() => match shaken {
+                    Ok(Some(connection)) => return connection,
+                    Ok(None) | Err(_) => continue,
+                },
+            };
+            let Ok(slot) = self.slots.clone().try_acquire_owned() else {
+                tracing::debug!("a connection is refused: there are too many");
+                if let Some(metrics) = &self.metrics {
+                    metrics.connection_refused();
                 }
+                continue;
+            };
+            // Without it an answer may wait for the acknowledgement of the one before.
+            if let Err(error) = tcp.set_nodelay(true) {
+                tracing::debug!(%error, "a connection ended before it began");
+                continue;
+            }
+            let place = Place::take(slot, self.metrics.clone());
+            let end = (self.end)();
+            match self.tls.clone() {
+                None => {
+                    let caller = Caller { address: Some(address), identity: None };
+                    return Connection { stream: Stream::Plain(tcp), caller, end, _place: place };
+                }
+                Some(tls) => drop(self.handshakes.spawn(handshake(tls, tcp, address, end, place))),
             }
         }
     }
+}
+
+async fn handshake(tls: Arc<Tls>, tcp: TcpStream, address: SocketAddr, end: End, place: Place) -> Option<Connection> {
+    let (stream, identity) = tls.accept(tcp, Some(address)).await?;
+    let caller = Caller { address: Some(address), identity };
+    Some(Connection { stream: Stream::Tls(Box::new(stream)), caller, end, _place: place })
 }
 
 impl<F: Fn() -> End + Send + Sync + 'static> axum::serve::Listener for Listener<F> {
@@ -128,15 +160,22 @@ fn of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// An accepted connection. Frees its slot when dropped.
-pub(crate) struct Connection {
-    tcp: TcpStream,
-    end: End,
+/// The slot of a connection, counted as long as it is taken.
+struct Place {
     metrics: Option<Arc<Metrics>>,
     _slot: OwnedSemaphorePermit,
 }
 
-impl Drop for Connection {
+impl Place {
+    fn take(slot: OwnedSemaphorePermit, metrics: Option<Arc<Metrics>>) -> Self {
+        if let Some(metrics) = &metrics {
+            metrics.connection_opened();
+        }
+        Self { metrics, _slot: slot }
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         if let Some(metrics) = &self.metrics {
             metrics.connection_closed();
@@ -144,17 +183,34 @@ impl Drop for Connection {
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.tcp.connect_info()
+/// An accepted connection. Frees its slot when dropped.
+pub(crate) struct Connection {
+    stream: Stream,
+    caller: Caller,
+    end: End,
+    _place: Place,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Caller;
+
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if let Poll::Ready(result) = Pin::new(&mut self.tcp).poll_read(cx, buffer) {
+        let read = match &mut self.stream {
+            Stream::Plain(tcp) => Pin::new(tcp).poll_read(cx, buffer),
+            Stream::Tls(tls) => Pin::new(tls).poll_read(cx, buffer),
+        };
+        if let Poll::Ready(result) = read {
             return Poll::Ready(result);
         }
         ready!(self.end.as_mut().poll(cx));
@@ -164,19 +220,31 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, bytes)
+        match &mut self.stream {
+            Stream::Plain(tcp) => Pin::new(tcp).poll_write(cx, bytes),
+            Stream::Tls(tls) => Pin::new(tls).poll_write(cx, bytes),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+        match &mut self.stream {
+            Stream::Plain(tcp) => Pin::new(tcp).poll_flush(cx),
+            Stream::Tls(tls) => Pin::new(tls).poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+        match &mut self.stream {
+            Stream::Plain(tcp) => Pin::new(tcp).poll_shutdown(cx),
+            Stream::Tls(tls) => Pin::new(tls).poll_shutdown(cx),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.tcp.is_write_vectored()
+        match &self.stream {
+            Stream::Plain(tcp) => tcp.is_write_vectored(),
+            Stream::Tls(tls) => tls.is_write_vectored(),
+        }
     }
 
     fn poll_write_vectored(
@@ -184,6 +252,9 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, bytes)
+        match &mut self.stream {
+            Stream::Plain(tcp) => Pin::new(tcp).poll_write_vectored(cx, bytes),
+            Stream::Tls(tls) => Pin::new(tls).poll_write_vectored(cx, bytes),
+        }
     }
 }

@@ -26,8 +26,9 @@ use crate::consensus::PeerServer;
 use crate::engine::Engine;
 use crate::limits;
 use crate::metrics::Metrics;
+use crate::tls::Tls;
 
-/// Serves clients and peers on a port until `shutdown` is ready. Calls under way may then end, but not for longer
+/// Serves clients and peers on a port, with TLS if any is given, until `shutdown` is ready. Calls under way may then end, but not for longer
 /// than [`limits::DRAIN_TIMEOUT`]; streams that never end are cut then.
 ///
 /// # Errors
@@ -37,6 +38,7 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
     engine: Engine,
     peers: PeerServer,
     config: &RaftNodeConfig,
+    tls: Option<Arc<Tls>>,
     metrics: Arc<Metrics>,
     shutdown: F,
 ) -> impl Future<Output = Result<(), ServeError>> + Send + use<F> {
@@ -82,8 +84,8 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
             })
         };
         let connections_max = affordable(network.connections_max);
-        let listener = Listener::new(listener, connections_max, end, Some(metrics));
-        let incoming = futures_util::stream::unfold(listener, |listener| async {
+        let listener = Listener::new(listener, connections_max, end, Some(metrics)).with_tls(tls);
+        let incoming = futures_util::stream::unfold(listener, |mut listener| async {
             let connection = listener.next_connection().await;
             Some((Ok::<_, std::io::Error>(connection), listener))
         });

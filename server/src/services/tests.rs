@@ -67,7 +67,7 @@ impl Node {
         };
         let storage = Arc::new(MemoryStorageEngine::default());
         let (consensus, peers) =
-            Consensus::start(consensus_config, storage, kv.clone(), metrics.clone()).await.unwrap();
+            Consensus::start(consensus_config, storage, kv.clone(), metrics.clone(), None).await.unwrap();
         let engine_config = EngineConfig {
             read_policy: ReadPolicy { default: v1::Consistency::Linearizable, allow_client_override: true },
             watches_enabled: config.raft.watch.enabled,
@@ -80,7 +80,7 @@ impl Node {
         let shutdown = async {
             let _ = stopped.await;
         };
-        let serving = tokio::spawn(serve(listener, engine.clone(), peers, config, metrics.clone(), shutdown));
+        let serving = tokio::spawn(serve(listener, engine.clone(), peers, config, None, metrics.clone(), shutdown));
         let mut leader = engine.consensus().leader_changes();
         within(leader.wait_for(Option::is_some)).await.unwrap();
         Self { address, engine, metrics, stop, serving, _directory: directory }
