@@ -98,6 +98,8 @@ impl Engine {
             return Err(EngineError::LeasesDisabled);
         }
         let session = sessions::take_session(&mut change);
+        #[cfg(feature = "fault-points")]
+        let operation = crate::faults::operation(&change);
         let command = v1::Command { command: Some(change), session, ..v1::Command::default() };
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
@@ -106,6 +108,8 @@ impl Engine {
         }
         let encoded = sessions::encode(command);
         self.settle_now(deadline).await?;
+        #[cfg(feature = "fault-points")]
+        crate::faults::reached(crate::faults::BEFORE_PROPOSE, operation).await?;
         let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
             Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
             Err(_) => {
@@ -113,6 +117,8 @@ impl Engine {
                 return Err(EngineError::DeadlineExceeded { waiting_for: "the write to be committed", outcome });
             }
         };
+        #[cfg(feature = "fault-points")]
+        crate::faults::reached(crate::faults::AFTER_COMMIT, operation).await?;
         self.read_reply(answer)
     }
 
