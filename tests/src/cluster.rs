@@ -309,6 +309,19 @@ impl Node {
         std::fs::write(self.config(), text).expect("the configuration can be written");
     }
 
+    /// Has clients told to reach it at `address`, from its next start on, if that is its first.
+    ///
+    /// # Panics
+    /// When its configuration cannot be changed.
+    pub fn advertise(&self, address: &str) {
+        let text = std::fs::read_to_string(self.config()).expect("it has a configuration");
+        let kept = text.lines().filter(|line| !line.starts_with("advertise_address"));
+        let line = format!("advertise_address = {address:?}");
+        let lines = kept.flat_map(|kept| if kept == "[cluster]" { vec![kept, &line] } else { vec![kept] });
+        let text: Vec<&str> = lines.collect();
+        std::fs::write(self.config(), text.join("\n")).expect("the configuration can be written");
+    }
+
     /// Gives it an environment variable from its next start on.
     pub fn set_environment(&mut self, name: &str, value: impl Into<OsString>) {
         self.environment.push((name.to_owned(), value.into()));

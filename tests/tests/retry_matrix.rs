@@ -301,15 +301,15 @@ async fn after_each_fault_the_client_does_and_says_what_the_table_says() {
         cluster.start_all().await;
         let mut matrix = Matrix { cluster, transport, cases: 0 };
         let (mut report, mut wrong) = (Table::new(), Vec::new());
-        report.load_preset(presets::ASCII_MARKDOWN);
+        report.load_style(presets::ASCII_MARKDOWN);
         report.set_header(["where", "what", "leader", "write", "write under a session", "read"]);
-        for (place, what, kept, changed) in table::TABLE {
+        for &(place, what, kept, changed) in table::TABLE {
             let fault = Fault::new(place, what);
             if only.as_ref().is_some_and(|only| !format!("{place} {what}").contains(only)) {
                 continue;
             }
             for (leader, cells) in [("the same", kept), ("another", changed)] {
-                let mut line = vec![place.to_owned(), what.to_owned(), leader.to_owned()];
+                let mut line = vec![place.to_owned(), what.to_owned(), leader.to_string()];
                 for (call, cell) in Call::ALL.into_iter().zip(cells) {
                     if let Some(reason) = cell.strip_prefix("impossible: ") {
                         assert!(!reason.is_empty(), "{place} {what}: no reason");
