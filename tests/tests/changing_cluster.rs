@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use d_engine_client::{Client, Consistency, ErrorKind, KeyRange, Outcome};
+use d_engine_client::{Client, Consistency, ErrorKind, KeyRange, Outcome, WatchEvent};
 use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::network::{self, End, PrivateNetwork};
 use d_engine_tests::once::{self, Fate, Put, Tally};
@@ -29,6 +29,8 @@ const MARGIN: Duration = Duration::from_secs(2);
 const CLIENTS: usize = 3;
 const TASKS: usize = 3;
 const KEYS: usize = 4;
+/// So many that some are at each node.
+const WATCHES: usize = 24;
 
 /// Callers that put and read all the time, and a watch of everything they do.
 struct Load {
@@ -111,6 +113,12 @@ impl Load {
     }
 }
 
+/// Whether a call may end so that ran out of time: the kind tells what it was waiting for.
+fn is_out_of_time(kind: ErrorKind) -> bool {
+    use ErrorKind::{DeadlineExceeded, LeadershipLost, NotLeader, Unavailable};
+    matches!(kind, DeadlineExceeded | LeadershipLost | NotLeader | Unavailable)
+}
+
 async fn call_until(client: Client, name: String, mut rng: Rng, stopped: watch::Receiver<bool>) -> Calls {
     let mut pace = tokio::time::interval(Duration::from_millis(10));
     pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -136,8 +144,7 @@ async fn call_until(client: Client, name: String, mut rng: Rng, stopped: watch::
         };
         calls.longest = calls.longest.max(started.elapsed());
         if let Err(error) = result {
-            let late = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::DeadlineExceeded);
-            assert!(late, "only time may be the reason: {error}");
+            assert!(is_out_of_time(error.kind()), "only time may be the reason: {error}");
             calls.failures.push(error.to_string());
         }
     }
@@ -223,12 +230,18 @@ fn a_connection_that_goes_silent_is_noticed_and_calls_go_elsewhere() {
             let load = Load::start(transport, &cluster.addresses(), TIMEOUT, seed).await;
             let client = build(TIMEOUT);
             client.put("key", "before").await.unwrap();
+            let mut watching = Vec::new();
+            for _ in 0..WATCHES {
+                let client = build(TIMEOUT);
+                let events = client.watch("key").await.unwrap();
+                watching.push((client, events));
+            }
             cluster.network().unwrap().sever(End::Clients, End::Node(leader));
             // It still leads, and no client can know more than that it does not answer.
             let started = Instant::now();
             let error = client.put("key", "silence").await.expect_err("the leader is out of reach");
             assert!(started.elapsed() <= TIMEOUT + MARGIN, "{:?}", started.elapsed());
-            assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::DeadlineExceeded), "{error}");
+            assert!(is_out_of_time(error.kind()), "{error}");
             let read = client.get("key").consistency(Consistency::Linearizable).await.unwrap();
             assert_ne!(read.header.node_id.get(), leader, "it cannot have answered");
             // Without its followers it leads no more, and who does is found.
@@ -237,6 +250,23 @@ fn a_connection_that_goes_silent_is_noticed_and_calls_go_elsewhere() {
             let written = patient.put("key", "after").await.unwrap();
             assert_ne!(written.header.node_id.get(), leader);
             client.put("key", "again").await.unwrap();
+            // Whoever watched at the lost node watches elsewhere by now, and has missed nothing.
+            let mut resumed = 0;
+            for (client, mut events) in watching {
+                let mut values = Vec::new();
+                while values.last().is_none_or(|value| value != "again") {
+                    let update = tokio::time::timeout(wait::PATIENCE, events.next()).await.expect("the watch goes on");
+                    let update = update.unwrap().unwrap();
+                    values.extend(update.events.into_iter().filter_map(|event| match event {
+                        WatchEvent::Put { kv, .. } => Some(kv.value),
+                        WatchEvent::Delete { .. } => None,
+                    }));
+                }
+                let silenced = usize::from(values.len() == 3);
+                assert_eq!(values[silenced..], ["after", "again"], "{values:?}");
+                resumed += client.stats().watch_resumes;
+            }
+            assert!(resumed > 0, "nobody watched at the lost node, or nobody noticed");
             cluster.network().unwrap().heal();
             let verdict = load.finish(seed).await;
             assert!(verdict.tally.acknowledged > 0);
