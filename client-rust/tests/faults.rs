@@ -97,6 +97,26 @@ async fn a_leader_that_comes_back_at_its_address_is_found_again() {
     assert_eq!(pending.await.unwrap().unwrap().header.node_id, NodeId(1));
 }
 
+/// By the member list alone: in the same term nobody names the leader anew.
+#[tokio::test]
+async fn a_leader_that_moves_to_another_address_is_found_there() {
+    for term in [1, 2] {
+        let mut nodes = cluster(3);
+        let client = client(&[&nodes[1]], PATIENCE);
+        client.put("k", "1").await.unwrap();
+        let (store, before) = (nodes[0].store(), nodes[0].address.clone());
+        kill(nodes.remove(0), &client).await;
+        let moved = FakeNode::start(1);
+        moved.script.lock().store = store;
+        nodes.insert(0, moved);
+        introduce(&nodes);
+        elect(&nodes, 0, term);
+        assert_ne!(nodes[0].address, before);
+        assert_eq!(client.put("k", "2").await.unwrap().header.node_id, NodeId(1), "term {term}");
+        assert_eq!(nodes[0].puts(), 1);
+    }
+}
+
 #[tokio::test]
 async fn without_a_session_a_silent_leader_leaves_a_write_unknown_at_its_deadline_and_is_asked_once() {
     let nodes = cluster(3);

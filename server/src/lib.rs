@@ -8,6 +8,8 @@ pub mod clock;
 pub mod config;
 pub mod consensus;
 pub mod engine;
+#[cfg(feature = "fault-points")]
+pub mod faults;
 pub mod limits;
 pub mod metrics;
 pub mod monitoring;

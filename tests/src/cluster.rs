@@ -11,7 +11,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::direct::DirectNode;
 use crate::network::{End, PrivateNetwork};
-use crate::process::{Process, bound_to_this_thread, d_engine};
+use crate::faulty::FaultPoints;
+use crate::process::{Process, bound_to_this_thread, built, d_engine};
 use crate::proxy::Proxy;
 use crate::{http, wait};
 
@@ -41,11 +42,13 @@ pub struct Shape {
     pub network: Option<PrivateNetwork>,
     /// Whether clients reach the nodes only through proxies that can lose answers.
     pub proxied: bool,
+    /// Whether the nodes have fault points: see [`crate::faulty`].
+    pub faulty: bool,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { nodes: 3, extra: String::new(), network: None, proxied: false }
+        Self { nodes: 3, extra: String::new(), network: None, proxied: false, faulty: false }
     }
 }
 
@@ -87,6 +90,8 @@ impl Cluster {
                     directory,
                     proxy: None,
                     in_namespace: shape.network.is_some(),
+                    faulty: shape.faulty,
+                    faults: None,
                     environment: Vec::new(),
                     process: None,
                 }
@@ -205,6 +210,15 @@ impl Cluster {
         }
     }
 
+    /// Takes note of the nodes that have died, as they were told to, so that they can be started again.
+    pub fn bury(&mut self) {
+        for node in &mut self.nodes {
+            if node.process.as_mut().is_some_and(|process| process.ended().is_some()) {
+                node.process = None;
+            }
+        }
+    }
+
     /// Keeps the directory after the test, and names it.
     pub fn keep(&mut self) -> PathBuf {
         let directory = self.directory.take().expect("kept until dropped").keep();
@@ -234,6 +248,8 @@ pub struct Node {
     pub proxy: Option<Proxy>,
     directory: PathBuf,
     in_namespace: bool,
+    faulty: bool,
+    faults: Option<FaultPoints>,
     environment: Vec<(String, OsString)>,
     process: Option<Process>,
 }
@@ -293,6 +309,19 @@ impl Node {
         std::fs::write(self.config(), text).expect("the configuration can be written");
     }
 
+    /// Has clients told to reach it at `address`, from its next start on, if that is its first.
+    ///
+    /// # Panics
+    /// When its configuration cannot be changed.
+    pub fn advertise(&self, address: &str) {
+        let text = std::fs::read_to_string(self.config()).expect("it has a configuration");
+        let kept = text.lines().filter(|line| !line.starts_with("advertise_address"));
+        let line = format!("advertise_address = {address:?}");
+        let lines = kept.flat_map(|kept| if kept == "[cluster]" { vec![kept, &line] } else { vec![kept] });
+        let text: Vec<&str> = lines.collect();
+        std::fs::write(self.config(), text.join("\n")).expect("the configuration can be written");
+    }
+
     /// Gives it an environment variable from its next start on.
     pub fn set_environment(&mut self, name: &str, value: impl Into<OsString>) {
         self.environment.push((name.to_owned(), value.into()));
@@ -304,16 +333,31 @@ impl Node {
     /// When it runs already or cannot be started.
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "node {} runs already", self.id);
+        let program = if self.faulty { built("d-engine-faulty") } else { d_engine() };
         let mut command = if self.in_namespace {
             let mut command = PrivateNetwork::command(self.id);
-            command.args(["setpriv", "--pdeathsig", "KILL"]).arg(d_engine());
+            command.args(["setpriv", "--pdeathsig", "KILL"]).arg(&program);
             command
         } else {
-            bound_to_this_thread(&d_engine())
+            bound_to_this_thread(&program)
         };
         command.args(["server", "--config"]).arg(self.config()).env("RUST_BACKTRACE", "1");
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        self.process = Some(Process::start(command, &self.log()));
+        if self.faulty {
+            let (process, orders, output) = Process::start_to_talk_to(command, &self.log());
+            self.process = Some(process);
+            self.faults = Some(FaultPoints::new(orders, output));
+        } else {
+            self.process = Some(Process::start(command, &self.log()));
+        }
+    }
+
+    /// The fault points of its latest run, which may be over.
+    ///
+    /// # Panics
+    /// When it has none.
+    pub fn faults(&mut self) -> &mut FaultPoints {
+        self.faults.as_mut().expect("the cluster was prepared with fault points")
     }
 
     /// Waits until it answers that it serves.

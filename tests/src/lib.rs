@@ -15,6 +15,7 @@ pub mod wait;
 pub mod cluster;
 pub mod data_set;
 pub mod direct;
+pub mod faulty;
 pub mod history;
 pub mod http;
 pub mod nemesis;
@@ -24,6 +25,7 @@ pub mod proxy;
 pub mod puppet;
 pub mod steady;
 pub mod transcript;
+pub mod transports;
 pub mod workload;
 
 pub mod lifetime;

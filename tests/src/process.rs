@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,13 +18,22 @@ pub fn d_engine() -> PathBuf {
     if let Some(path) = std::env::var_os("D_ENGINE") {
         return path.into();
     }
+    built("d-engine")
+}
+
+/// The binary of this name built in the same workspace.
+///
+/// # Panics
+/// When it is not there.
+#[must_use]
+pub fn built(name: &str) -> PathBuf {
     let exe = std::env::current_exe().expect("a running program has a path");
     exe.ancestors()
         .skip(1)
         .take(2)
-        .map(|directory| directory.join("d-engine"))
+        .map(|directory| directory.join(name))
         .find(|path| path.is_file())
-        .unwrap_or_else(|| panic!("no d-engine near {}: run `cargo build -p d-engine-cli` first", exe.display()))
+        .unwrap_or_else(|| panic!("no {name} near {}: run `cargo build --workspace --bins` first", exe.display()))
 }
 
 /// A command of which the kernel kills the process when the thread that started it ends, so that a test that dies
@@ -57,6 +66,19 @@ impl Process {
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         Self { child, log: log.to_owned() }
+    }
+
+    /// Starts `command` as [`start`](Self::start) does, but to be talked to by standard input and output; only what it
+    /// says on standard error goes to `log`.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start_to_talk_to(mut command: Command, log: &Path) -> (Self, ChildStdin, ChildStdout) {
+        let errors = OpenOptions::new().create(true).append(true).open(log).expect("the log file opens");
+        let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors).spawn();
+        let mut child = spawned.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+        let (input, output) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
+        (Self { child, log: log.to_owned() }, input, output)
     }
 
     /// Everything it has printed, and those that wrote to the same file before it.

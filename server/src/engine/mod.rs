@@ -161,7 +161,7 @@ impl Engine {
         })
     }
 
-    fn not_leader(&self) -> EngineError {
+    pub(crate) fn not_leader(&self) -> EngineError {
         let node = self.inner.consensus.node_id();
         EngineError::NotLeader { node, hint: self.leader_hint().filter(|hint| hint.node_id != node.get()) }
     }

@@ -94,15 +94,21 @@ impl Engine {
         change: Change,
         deadline: Deadline,
     ) -> Result<(Option<v1::ResponseHeader>, Reply), EngineError> {
+        #[cfg(feature = "fault-points")]
+        let operation = crate::faults::operation(&change);
         let encoded = self.prepare(change, &mut BytesMut::new())?;
         if Deadline::now() >= deadline {
             return Err(late(TURN));
         }
         self.settle_now(deadline).await?;
+        #[cfg(feature = "fault-points")]
+        crate::faults::reached(crate::faults::BEFORE_PROPOSE, operation).await?;
         let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
             Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
             Err(_) => return Err(uncommitted()),
         };
+        #[cfg(feature = "fault-points")]
+        crate::faults::reached(crate::faults::AFTER_COMMIT, operation).await?;
         self.read_reply(answer)
     }
 

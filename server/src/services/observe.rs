@@ -49,9 +49,28 @@ pub(super) async fn observe(State(metrics): State<Arc<Metrics>>, request: Reques
     }
     let method = METHODS.iter().find(|method| **method == path).copied().unwrap_or("unknown");
     let started = Instant::now();
-    let (response, code) = complete(next.run(request).instrument(tracing::debug_span!("call", method)).await);
+    let answer = next.run(request).instrument(tracing::debug_span!("call", method));
+    #[cfg(feature = "fault-points")]
+    let answer = between_the_fault_points(method, answer);
+    let (response, code) = complete(answer.await);
     metrics.request(method, code, started.elapsed());
     response
+}
+
+/// The fault points of a call whose operation is its method: not of streams.
+#[cfg(feature = "fault-points")]
+async fn between_the_fault_points(method: &str, answer: impl Future<Output = Response>) -> Response {
+    use crate::faults::{BEFORE_REPLY, RECEIVED, reached};
+    let Some(operation) = method.strip_prefix("Kv/") else { return answer.await };
+    let refused = |error| super::error::refusal(error).into_http();
+    if let Err(error) = reached(RECEIVED, operation).await {
+        return refused(error);
+    }
+    let response = answer.await;
+    match reached(BEFORE_REPLY, operation).await {
+        Ok(()) => response,
+        Err(error) => refused(error),
+    }
 }
 
 /// The response with details, if it is an error, and the name of its code.
