@@ -15,4 +15,5 @@ pub mod node;
 pub mod services;
 pub mod state_machine;
 pub mod storage;
+pub mod trace;
 pub mod watch;

@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use super::entry::{Batch, COMMAND_OVERHEAD_BYTES};
 use super::leadership::{LeaderInfo, Leadership, Role};
 use super::raft_types::{Callback, Raft, WriteResult};
-use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX, REQUEST_BYTES_MAX};
+use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, COMMAND_BYTES_MAX, ENTRIES_IN_FLIGHT_MAX};
 use crate::metrics::Metrics;
 use crate::state_machine::StoreTime;
 
@@ -32,7 +32,7 @@ pub enum ProposeError {
         pending_bytes_max: usize,
     },
     /// Certainly not applied: one log entry could not carry it to the peers.
-    #[error("the command has {bytes} bytes, the limit is {REQUEST_BYTES_MAX}")]
+    #[error("the command has {bytes} bytes, the limit is {COMMAND_BYTES_MAX}")]
     TooLarge {
         /// Its size.
         bytes: usize,
@@ -88,7 +88,7 @@ impl Proposer {
         if self.leadership.role() != Role::Leader {
             return Err(ProposeError::NotLeader);
         }
-        if command.len() > REQUEST_BYTES_MAX {
+        if command.len() > COMMAND_BYTES_MAX {
             return Err(ProposeError::TooLarge { bytes: command.len() });
         }
         let overloaded = ProposeError::Overloaded { pending_bytes_max: self.pending_bytes_max };

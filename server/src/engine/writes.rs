@@ -4,10 +4,12 @@ use bytes::Bytes;
 use d_engine_proto::v1::{self, command::Command as Change, command_reply::Reply, txn_operation::Operation};
 use d_engine_proto::{ErrorCode, Revision, limits};
 use prost::Message;
+use tracing::Instrument;
 
 use super::{Deadline, Engine, EngineError, check_size, late, sessions};
 use crate::consensus::ProposeError;
 use crate::state_machine::kv::{self, PastStore, Store};
+use crate::trace;
 
 impl Engine {
     /// Writes one key.
@@ -98,15 +100,18 @@ impl Engine {
             return Err(EngineError::LeasesDisabled);
         }
         let session = sessions::take_session(&mut change);
-        let command = v1::Command { command: Some(change), session, ..v1::Command::default() };
+        let mut command = v1::Command { command: Some(change), session, ..v1::Command::default() };
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
         if Deadline::now() >= deadline {
             return Err(late("its turn"));
         }
+        let span = trace::propose();
+        command.trace = trace::context(&span);
         let encoded = sessions::encode(command);
         self.settle_now(deadline).await?;
-        let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
+        let proposed = self.inner.consensus.propose(encoded).instrument(span);
+        let answer = match tokio::time::timeout_at(deadline, proposed).await {
             Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
             Err(_) => {
                 let outcome = v1::Outcome::Unknown;

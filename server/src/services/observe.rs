@@ -6,12 +6,14 @@ use std::time::Instant;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use d_engine_proto::DetailedStatus;
+use d_engine_proto::v1::TraceContext;
+use d_engine_proto::{DetailedStatus, TRACEPARENT};
 use tonic::Status;
 use tracing::Instrument;
 
 use super::error::explain;
 use crate::metrics::Metrics;
+use crate::trace;
 
 const PACKAGE: &str = "/d_engine.v1.";
 
@@ -49,9 +51,16 @@ pub(super) async fn observe(State(metrics): State<Arc<Metrics>>, request: Reques
     }
     let method = METHODS.iter().find(|method| **method == path).copied().unwrap_or("unknown");
     let started = Instant::now();
-    let (response, code) = complete(next.run(request).instrument(tracing::debug_span!("call", method)).await);
+    let span = trace::call(method, parent(&request).as_ref());
+    let (response, code) = complete(next.run(request).instrument(span.clone()).await);
+    trace::ended(&span, code);
     metrics.request(method, code, started.elapsed());
     response
+}
+
+/// The span that the call belongs to.
+fn parent(request: &Request) -> Option<TraceContext> {
+    TraceContext::from_traceparent(request.headers().get(TRACEPARENT)?.to_str().ok()?)
 }
 
 /// The response with details, if it is an error, and the name of its code.
