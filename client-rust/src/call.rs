@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use d_engine_proto::{DetailedStatus, ErrorCode, limits, v1};
+use d_engine_proto::{DetailedStatus, ErrorCode, TRACEPARENT, limits, v1};
 use tokio::time::Instant;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -16,6 +16,7 @@ use crate::cluster::Leader;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
 use crate::namespace::Leave as _;
+use crate::observe::Observed;
 use crate::options::bounded;
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::session::Ticket;
@@ -53,18 +54,22 @@ impl Client {
     /// Makes a call, as often as it takes and the deadline allows.
     pub(crate) async fn call<R: Unary>(&self, mut request: R, plan: Plan) -> Result<R::Reply, Error> {
         request.enter(self.space()).map_err(|error| Error::invalid(R::OPERATION, error.to_string()))?;
-        let span = tracing::debug_span!("d_engine_call", operation = R::OPERATION);
-        let mut result = self.shared().call(request, plan).instrument(span).await;
-        match &mut result {
-            Ok(reply) => reply.leave(self.space()),
+        let shared = self.shared();
+        shared.counters.calls.add();
+        shared.state.lock().budget.deposit();
+        match shared.call(request, plan, false).await {
+            Ok((mut reply, _)) => {
+                reply.leave(self.space());
+                Ok(reply)
+            }
             Err(error) => {
-                self.shared().counters.failures.add();
+                shared.counters.failures.add();
                 if error.outcome() == Outcome::Unknown {
-                    self.shared().counters.unknown_outcomes.add();
+                    shared.counters.unknown_outcomes.add();
                 }
+                Err(error)
             }
         }
-        result
     }
 
     /// Makes a call to one node, once. Only for calls that change nothing.
@@ -77,32 +82,44 @@ impl Client {
         let address = Address::parse(address).map_err(|message| Error::invalid(R::OPERATION, message))?;
         let shared = self.shared();
         shared.counters.calls.add();
-        shared.attempt(&address, request, Instant::now() + bounded(timeout)).await.map_err(|failure| {
+        let mut observed = shared.observe::<R>(false);
+        let span = observed.span();
+        let deadline = Instant::now() + bounded(timeout);
+        let made = shared.observed_attempt(&mut observed, &address, request, Resend::Idempotent, deadline);
+        let result = made.instrument(span).await.map_err(|failure| {
             shared.counters.failures.add();
             failure.into_error(R::OPERATION, Resend::Idempotent, address.as_str())
-        })
+        });
+        observed.ends(&result);
+        result
     }
 }
 
 impl Shared {
-    async fn call<R: Unary>(self: &Arc<Self>, request: R, plan: Plan) -> Result<R::Reply, Error> {
-        self.counters.calls.add();
-        self.state.lock().budget.deposit();
-        let mut doubt = false;
-        match self.attempts(request, plan, &mut doubt).await {
-            Ok((reply, _)) => Ok(reply),
-            Err(error) if doubt => Err(error.in_doubt()),
-            Err(error) => Err(error),
-        }
+    /// Makes a call, under observation; `internal` if the client needs it for itself. Returns when the attempt that was
+    /// answered was sent, too.
+    pub(crate) async fn call<R: Unary>(
+        self: &Arc<Self>,
+        request: R,
+        plan: Plan,
+        internal: bool,
+    ) -> Result<(R::Reply, Moment), Error> {
+        let mut observed = self.observe::<R>(internal);
+        let (span, mut doubt) = (observed.span(), false);
+        let result = self.attempts(request, plan, &mut doubt, &mut observed).instrument(span).await;
+        let result = result.map_err(|error| if doubt { error.in_doubt() } else { error });
+        observed.ends(&result);
+        result
     }
 
     /// Makes attempts until one succeeds or must be the last. Returns when that one was sent, too. `doubt` becomes true
     /// when an attempt may have been applied, or may yet be, and stays so unless a later one tells.
-    pub(crate) async fn attempts<R: Unary>(
+    async fn attempts<R: Unary>(
         self: &Arc<Self>,
         mut request: R,
         plan: Plan,
         doubt: &mut bool,
+        observed: &mut Observed<'_>,
     ) -> Result<(R::Reply, Moment), Error> {
         let timeout = bounded(plan.timeout);
         let deadline = Instant::now() + timeout;
@@ -136,7 +153,8 @@ impl Shared {
                 Resend::Idempotent | Resend::Repeatable => self.share(timeout, deadline),
             };
             let sent = Moment::now();
-            let failure = match self.attempt(&address, request.clone(), attempt_deadline).await {
+            let made = self.observed_attempt(observed, &address, request.clone(), resend, attempt_deadline);
+            let failure = match made.await {
                 Ok(reply) => {
                     if let Some(ticket) = &ticket {
                         ticket.confirm(sent);
@@ -242,12 +260,27 @@ impl Shared {
         }
     }
 
-    /// Sends a request to one node, once.
+    async fn observed_attempt<R: Unary>(
+        &self,
+        observed: &mut Observed<'_>,
+        address: &Address,
+        request: R,
+        resend: Resend,
+        deadline: Instant,
+    ) -> Result<R::Reply, Failure> {
+        let attempt = observed.attempt(address);
+        let made = self.attempt(address, request, deadline, attempt.trace()).instrument(attempt.span()).await;
+        attempt.ends(&made, resend);
+        made
+    }
+
+    /// Sends a request to one node, once, as a part of the span `trace`.
     pub(crate) async fn attempt<R: Unary>(
         &self,
         address: &Address,
         request: R,
         deadline: Instant,
+        trace: Option<v1::TraceContext>,
     ) -> Result<R::Reply, Failure> {
         let started = Instant::now();
         let _in_flight = InFlight::begin(self, address);
@@ -261,7 +294,7 @@ impl Shared {
 
         let gate = Arc::new(Gate::default());
         let channel = GatedChannel { channel: connection.channel.clone(), gate: Arc::clone(&gate) };
-        let exchange = exchange(channel, request, deadline);
+        let exchange = exchange(channel, request, deadline, trace);
         let answer = tokio::select! {
             answer = exchange => answer,
             () = self.suspect_until(deadline) => {
@@ -307,6 +340,14 @@ impl Shared {
 
     /// Takes note of what a failed attempt says of its node. True if it told of another leader.
     pub(crate) fn note_failure(&self, address: &Address, failure: &Failure) -> bool {
+        let news = self.note(address, failure);
+        if news {
+            self.notice_leader();
+        }
+        news
+    }
+
+    fn note(&self, address: &Address, failure: &Failure) -> bool {
         let now = Instant::now();
         let state = &mut *self.state.lock();
         match failure {
@@ -386,11 +427,19 @@ impl Shared {
 }
 
 /// Sends the request and waits for the answer.
-async fn exchange<R: Unary>(channel: GatedChannel, request: R, deadline: Instant) -> Result<R::Reply, tonic::Status> {
+async fn exchange<R: Unary>(
+    channel: GatedChannel,
+    request: R,
+    deadline: Instant,
+    trace: Option<v1::TraceContext>,
+) -> Result<R::Reply, tonic::Status> {
     let mut grpc = Grpc::new(channel).max_decoding_message_size(REPLY_BYTES_MAX);
     grpc.ready().await.map_err(|error| tonic::Status::unavailable(Cause::of(error).message))?;
     let mut request = tonic::Request::new(request);
     request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    if let Some(header) = trace.and_then(|trace| trace.to_traceparent()?.parse().ok()) {
+        request.metadata_mut().insert(TRACEPARENT, header);
+    }
     let codec = ProstCodec::<R, R::Reply>::default();
     let reply = grpc.unary(request, PathAndQuery::from_static(R::PATH), codec).await?;
     Ok(reply.into_inner())

@@ -184,6 +184,7 @@ impl Shared {
         };
         if news {
             self.changed.notify_waiters();
+            self.notice_leader();
         }
     }
 }
@@ -226,7 +227,7 @@ async fn refresh(shared: &Shared) {
     let mut answers: FuturesUnordered<_> = addresses
         .into_iter()
         .map(|address| async move {
-            let answer = shared.attempt(&address, v1::MembersRequest {}, deadline).await;
+            let answer = shared.attempt(&address, v1::MembersRequest {}, deadline, None).await;
             (address, answer)
         })
         .collect();

@@ -27,6 +27,7 @@ use crate::call::Plan;
 use crate::client::Shared;
 use crate::clock::Moment;
 use crate::error::{Error, ErrorKind, Outcome};
+use crate::observe::Notice;
 use crate::retry::Resend;
 use crate::topology::Route;
 
@@ -246,12 +247,13 @@ impl Shared {
             // A session registered twice costs nothing but itself, and the caller's request was not sent.
             let timeout = deadline.saturating_duration_since(Instant::now());
             let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout };
-            match self.attempts(v1::SessionRegisterRequest::default(), plan, &mut false).await {
+            match self.call(v1::SessionRegisterRequest::default(), plan, true).await {
                 Ok((reply, sent)) => {
                     let ttl = Duration::from_millis(reply.ttl_ms);
                     let session = Arc::new(Session::new(SessionId(reply.session), ttl, sent));
                     *self.sessions.current.lock() = Current::Session(Arc::clone(&session));
                     self.counters.sessions.add();
+                    self.notice(&Notice::Session(session.id));
                     self.runtime.spawn(renew(Arc::clone(self), Arc::clone(&session)));
                     Ok(Some(session))
                 }
@@ -284,7 +286,7 @@ async fn renew(shared: Arc<Shared>, session: Arc<Session>) {
             }
             let request = v1::SessionRenewRequest { session: session.id.get() };
             let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout: pause };
-            match shared.attempts(request, plan, &mut false).await {
+            match shared.call(request, plan, true).await {
                 Ok((_, sent)) => session.confirm(sent),
                 Err(error) if error.kind() == ErrorKind::SessionExpired => shared.sessions.retire(&session),
                 Err(error) => tracing::debug!(session = %session.id, %error, "a session was not renewed"),

@@ -56,6 +56,8 @@ pub(crate) struct Script {
     pub(crate) renewals: u32,
     /// The `grpc-timeout` of the last request.
     pub(crate) timeout: Option<String>,
+    /// The `traceparent` of the last put.
+    pub(crate) traceparent: Option<String>,
 }
 
 /// A fake node. Dropping it is like killing its process: its connections break at once.
@@ -92,6 +94,7 @@ impl FakeNode {
             gets: 0,
             renewals: 0,
             timeout: None,
+            traceparent: None,
         }));
         let service = Service(Arc::clone(&script));
         let server = tonic::transport::Server::builder()
@@ -288,6 +291,8 @@ impl Kv for Service {
             let mut script = self.0.lock();
             script.puts += 1;
             script.timeout = timeout_of(&request);
+            let traceparent = request.metadata().get(d_engine_proto::TRACEPARENT);
+            script.traceparent = traceparent.map(|value| value.to_str().unwrap().to_owned());
         }
         self.behave(|store, header| {
             let mut response = store.mutate(request.into_inner(), |put| &mut put.session, Store::put)?;

@@ -130,6 +130,8 @@ struct Tls {
 #[serde(deny_unknown_fields, default)]
 struct Monitoring {
     listen_address: Option<String>,
+    otlp_endpoint: Option<String>,
+    otlp_sample_ratio: Option<f64>,
 }
 
 impl FileConfig {
@@ -171,6 +173,8 @@ impl FileConfig {
 
         set(&mut config.tls.enabled, tls.enabled);
         set_optional(&mut config.monitoring.listen_address, monitoring.listen_address);
+        set_optional(&mut config.monitoring.otlp_endpoint, monitoring.otlp_endpoint);
+        set(&mut config.monitoring.otlp_sample_ratio, monitoring.otlp_sample_ratio);
     }
 }
 
