@@ -264,7 +264,7 @@ impl Observed<'_> {
             rpc.system = "grpc",
             rpc.service = %format_args!("{PACKAGE}{}", before(self.call.method, '/')),
             rpc.method = behind(self.call.method, '/'),
-            server.address = before(address.as_str(), ':'),
+            server.address = behind(before(address.as_str(), ':'), '/'),
             server.port = behind(address.as_str(), ':').parse::<u16>().ok(),
             error.type = Empty,
         );
@@ -351,8 +351,12 @@ fn exported(span: &Span) -> Option<v1::TraceContext> {
     use tracing_opentelemetry::OpenTelemetrySpanExt;
 
     let context = if span.is_disabled() { Span::current().context() } else { span.context() };
-    let context = context.span().span_context().clone();
-    v1::TraceContext::new(context.trace_id().to_bytes(), context.span_id().to_bytes(), context.trace_flags().to_u8())
+    let span = context.span();
+    let span = span.span_context();
+    if !span.is_valid() {
+        return None;
+    }
+    v1::TraceContext::new(span.trace_id().to_bytes(), span.span_id().to_bytes(), span.trace_flags().to_u8())
 }
 
 #[cfg(not(feature = "opentelemetry"))]
