@@ -9,6 +9,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt};
 
+use crate::export::Export;
 use crate::failure::Failure;
 use crate::server::LogFormat;
 
@@ -20,26 +21,33 @@ const FILES_MAX: usize = 14;
 pub(crate) struct Logging(#[expect(dead_code, reason = "held for its drop")] Option<WorkerGuard>);
 
 /// Starts logging, into `directory` too if there is one. `D_ENGINE_LOG`, or else `RUST_LOG`, says how much; otherwise
-/// `default` does.
-pub(crate) fn start(format: LogFormat, default: &str, directory: Option<&Path>) -> Result<Logging, Failure> {
+/// `default` does. The spans of traced calls go to `export`, whatever the log takes.
+pub(crate) fn start(
+    format: LogFormat,
+    default: &str,
+    directory: Option<&Path>,
+    export: Option<&Export>,
+) -> Result<Logging, Failure> {
     let wish = ["D_ENGINE_LOG", "RUST_LOG"].iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()));
     let filter = EnvFilter::try_new(wish.as_deref().unwrap_or(default)).unwrap_or_else(|error| {
         eprintln!("d-engine: the log filter is ignored: {error}");
         EnvFilter::new(default)
     });
     let (files, guard) = directory.map(files).transpose()?.unzip();
-    let registry = Registry::default().with(filter);
     let terminal = std::io::stderr().is_terminal();
-    match format {
-        LogFormat::Text => registry
-            .with(fmt::layer().with_writer(std::io::stderr).with_ansi(terminal))
-            .with(files.map(|files| fmt::layer().with_writer(files).with_ansi(false)))
-            .init(),
-        LogFormat::Json => registry
-            .with(fmt::layer().json().with_writer(std::io::stderr))
-            .with(files.map(|files| fmt::layer().json().with_writer(files).boxed()))
-            .init(),
-    }
+    let log = match format {
+        LogFormat::Text => fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(terminal)
+            .and_then(files.map(|files| fmt::layer().with_writer(files).with_ansi(false)))
+            .boxed(),
+        LogFormat::Json => fmt::layer()
+            .json()
+            .with_writer(std::io::stderr)
+            .and_then(files.map(|files| fmt::layer().json().with_writer(files)))
+            .boxed(),
+    };
+    Registry::default().with(log.with_filter(filter)).with(export.map(Export::layer)).init();
     Ok(Logging(guard))
 }
 

@@ -7,6 +7,7 @@ mod args;
 mod change;
 mod compact;
 mod encoding;
+mod export;
 mod failure;
 mod guarded;
 mod history;
@@ -64,7 +65,7 @@ fn run(command: Command, args: &ClientArgs) -> Result<ExitCode, Failure> {
 
 /// Runs a command that talks to a cluster, on this thread.
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    let _logging = logging::start(LogFormat::Text, "warn", None)?;
+    let _logging = logging::start(LogFormat::Text, "warn", None, None)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

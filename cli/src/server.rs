@@ -9,6 +9,7 @@ use d_engine_server::node::Node;
 use d_engine_server::services::raise_open_files_limit;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::export::Export;
 use crate::failure::Failure;
 use crate::logging;
 
@@ -53,6 +54,9 @@ pub(crate) struct ServerArgs {
     /// Where metrics and health are served over HTTP
     #[arg(long, value_name = "HOST:PORT")]
     monitoring_address: Option<String>,
+    /// Collector that the spans of traced calls are sent to, over OTLP (gRPC)
+    #[arg(long, value_name = "URL")]
+    otlp_endpoint: Option<String>,
     /// Format of the log on standard error; D_ENGINE_LOG or RUST_LOG say how much (default: info)
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     log_format: LogFormat,
@@ -104,6 +108,7 @@ impl ServerArgs {
             ("--initial-cluster", "cluster.initial_cluster", members),
             ("--data-dir", "cluster.db_root_dir", data_dir),
             ("--monitoring-address", "monitoring.listen_address", text(&self.monitoring_address)),
+            ("--otlp-endpoint", "monitoring.otlp_endpoint", text(&self.otlp_endpoint)),
         ]
         .into_iter()
         .filter_map(|(flag, key, value)| Some((flag, key, value?)))
@@ -136,7 +141,6 @@ pub(crate) fn run(args: &ServerArgs) -> Result<(), Failure> {
     };
     let directory = dev_directory.as_ref().map(tempfile::TempDir::path);
     let config = args.configuration(directory).map_err(|error| Failure::Usage(format!("configuration: {error}")))?;
-    let _logging = logging::start(args.log_format, LOG_FILTER, config.cluster.log_dir.as_deref())?;
     raise_open_files_limit();
     // Measured: with as many workers as cores, workers and the threads of the storage get into each other's way.
     let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
@@ -145,12 +149,20 @@ pub(crate) fn run(args: &ServerArgs) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(Failure::io("cannot start the runtime"))?;
-    runtime.block_on(async {
+    let export = {
+        let _within = runtime.enter();
+        Export::start(config.cluster.node_id, &config.monitoring)?
+    };
+    let _logging = logging::start(args.log_format, LOG_FILTER, config.cluster.log_dir.as_deref(), export.as_ref())?;
+    let ended = runtime.block_on(async {
         // Before anything slow: from here on a signal means a graceful stop.
         let told_to_stop = stop_signal().map_err(Failure::io("cannot listen for signals"))?;
         let node = Node::start(config).await.map_err(|error| Failure::Server(format!("cannot start: {error}")))?;
         node.run(told_to_stop).await.map_err(|error| Failure::Server(format!("stopped by a fault: {error}")))
-    })
+    });
+    // While the runtime goes on: it does the sending.
+    drop(export);
+    ended
 }
 
 /// Ends with the first SIGTERM or SIGINT. The second one ends the process at once, for whoever cannot wait.

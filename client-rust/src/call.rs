@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use d_engine_proto::{DetailedStatus, ErrorCode, limits, v1};
+use d_engine_proto::{DetailedStatus, ErrorCode, TRACEPARENT, limits, v1};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
@@ -19,8 +19,9 @@ use crate::connection::Connection;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
 use crate::namespace::Leave as _;
+use crate::observe::Observed;
 use crate::options::bounded;
-use crate::pipeline::{self, Barred, Link, Waiting, Word};
+use crate::pipeline::{self, Barred, Link, Submission, Waiting, Word};
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::session::Ticket;
 use crate::topology::{Address, Pick, Route};
@@ -60,18 +61,17 @@ impl Client {
     pub(crate) async fn call<R: Unary>(&self, mut request: R, plan: Plan) -> Result<R::Reply, Error> {
         request.check().map_err(|message| Error::invalid(R::OPERATION, message))?;
         request.enter(self.space()).map_err(|error| Error::invalid(R::OPERATION, error.to_string()))?;
-        let span = tracing::debug_span!("d_engine_call", operation = R::OPERATION);
-        let mut result = self.shared().call(request, plan, self.cancel()).instrument(span).await;
+        let mut result = self.shared().call(request, plan, self.cancel()).await;
         match &mut result {
             Ok(reply) => reply.leave(self.space()),
             Err(error) => {
-                self.shared().counters.failures.add();
+                shared.counters.failures.add();
                 if error.outcome() == Outcome::Unknown {
-                    self.shared().counters.unknown_outcomes.add();
+                    shared.counters.unknown_outcomes.add();
                 }
+                Err(error)
             }
         }
-        result
     }
 
     /// Makes a call to one node, once. Only for calls that change nothing.
@@ -85,23 +85,56 @@ impl Client {
         let shared = self.shared();
         shared.counters.calls.add();
         let until = Until::new(Instant::now() + bounded(timeout), self.cancel());
-        let _place = shared.place(R::OPERATION, request.encoded_len(), &until).await?;
-        // A node that is asked once needs no pipeline.
-        shared.attempt_unary(Target::begin(shared, &address), request, &until).await.map_err(|failure| {
+        let mut observed = shared.observe::<R>(false);
+        let span = observed.span();
+        let result = shared.call_once(&mut observed, address, request, &until).instrument(span).await;
+        observed.ends(&result);
+        if result.is_err() {
             shared.counters.failures.add();
-            failure.into_error(R::OPERATION, Resend::Idempotent, address.as_str())
-        })
+        }
+        result
     }
 }
 
 impl Shared {
+    /// Makes a call of the application, under observation.
     async fn call<R: Unary>(
         self: &Arc<Self>,
-        mut request: R,
+        request: R,
         plan: Plan,
         cancel: Option<&CancellationToken>,
     ) -> Result<R::Reply, Error> {
         self.counters.calls.add();
+        let mut observed = self.observe::<R>(false);
+        let span = observed.span();
+        let result = self.admit(request, plan, cancel, &mut observed).instrument(span).await;
+        observed.ends(&result);
+        result
+    }
+
+    /// Makes a call that the client needs for itself, under observation. Returns when the attempt that was answered was
+    /// sent, too.
+    pub(crate) async fn own_call<R: Unary>(
+        self: &Arc<Self>,
+        request: R,
+        plan: Plan,
+        until: &Until<'_>,
+    ) -> Result<(R::Reply, Moment), Error> {
+        let mut observed = self.observe::<R>(true);
+        let span = observed.span();
+        let result = self.attempts(request, plan, until, &mut false, &mut observed).instrument(span).await;
+        observed.ends(&result);
+        result
+    }
+
+    /// Makes a call once there is a place for it.
+    async fn admit<R: Unary>(
+        self: &Arc<Self>,
+        mut request: R,
+        plan: Plan,
+        cancel: Option<&CancellationToken>,
+        observed: &mut Observed<'_>,
+    ) -> Result<R::Reply, Error> {
         if self.options.monotonic_reads
             && let Some(Some(read)) = request.read_options()
             && (read.min_revision, read.revision) == (0, 0)
@@ -115,7 +148,7 @@ impl Shared {
         let until = Until::new(Instant::now() + bounded(plan.timeout), cancel);
         let _place = self.place(R::OPERATION, bytes, &until).await?;
         let mut doubt = false;
-        match self.attempts(request, plan, &until, &mut doubt).await {
+        match self.attempts(request, plan, &until, &mut doubt, observed).await {
             Ok((reply, _)) => {
                 self.saw(R::header(&reply).map_or(0, |header| header.revision));
                 Ok(reply)
@@ -127,12 +160,13 @@ impl Shared {
 
     /// Makes attempts until one succeeds or must be the last. Returns when that one was sent, too. `doubt` becomes true
     /// when an attempt may have been applied, or may yet be, and stays so unless a later one tells.
-    pub(crate) async fn attempts<R: Unary>(
+    async fn attempts<R: Unary>(
         self: &Arc<Self>,
         mut request: R,
         plan: Plan,
         until: &Until<'_>,
         doubt: &mut bool,
+        observed: &mut Observed<'_>,
     ) -> Result<(R::Reply, Moment), Error> {
         let timeout = bounded(plan.timeout);
         let deadline = until.deadline;
@@ -169,7 +203,10 @@ impl Shared {
                 _ => *until,
             };
             let sent = Moment::now();
-            let failure = match self.attempt(target, &request, &attempt_until).await {
+            let attempt = observed.attempt(&address);
+            let made = self.attempt(target, &request, &attempt_until, attempt.trace()).instrument(attempt.span()).await;
+            attempt.ends(&made, resend);
+            let failure = match made {
                 Ok(reply) => {
                     if let Some(ticket) = &ticket {
                         ticket.confirm(sent);
@@ -298,20 +335,38 @@ impl Shared {
         }
     }
 
-    /// Sends a request to one node, once, by the pipeline of the connection if both sides have one.
+    /// Makes the one attempt of a call that has no other. A node that is asked once needs no pipeline.
+    async fn call_once<R: Unary>(
+        &self,
+        observed: &mut Observed<'_>,
+        address: Address,
+        request: R,
+        until: &Until<'_>,
+    ) -> Result<R::Reply, Error> {
+        let _place = self.place(R::OPERATION, request.encoded_len(), until).await?;
+        let attempt = observed.attempt(&address);
+        let target = Target::begin(self, &address);
+        let made = self.attempt_unary(target, request, until, attempt.trace()).instrument(attempt.span()).await;
+        attempt.ends(&made, Resend::Idempotent);
+        made.map_err(|failure| failure.into_error(R::OPERATION, Resend::Idempotent, address.as_str()))
+    }
+
+    /// Sends a request to one node, once, as a part of the span `trace`, by the pipeline of the connection if both sides
+    /// have one.
     pub(crate) async fn attempt<R: Unary>(
         self: &Arc<Self>,
         target: Target<'_>,
         request: &R,
         until: &Until<'_>,
+        trace: Option<v1::TraceContext>,
     ) -> Result<R::Reply, Failure> {
         if !self.options.pipelined {
-            return self.attempt_unary(target, request.clone(), until).await;
+            return self.attempt_unary(target, request.clone(), until, trace).await;
         }
         let started = Instant::now();
-        let mut waiting = match self.submit(&target.address, request, until, started).await? {
+        let mut waiting = match self.submit(&target.address, request, until, started, trace.clone()).await? {
             Some(waiting) => waiting,
-            None => return self.attempt_unary(target, request.clone(), until).await,
+            None => return self.attempt_unary(target, request.clone(), until, trace).await,
         };
         let word = tokio::select! {
             biased;
@@ -333,7 +388,7 @@ impl Shared {
                 target.answered(R::header(&reply), started.elapsed()).map(|()| reply)
             }
             Word::Failed(failure) => Err(failure),
-            Word::Unary => self.attempt_unary(target, request.clone(), until).await,
+            Word::Unary => self.attempt_unary(target, request.clone(), until, trace).await,
         }
     }
 
@@ -344,13 +399,15 @@ impl Shared {
         request: &R,
         until: &Until<'_>,
         started: Instant,
+        trace: Option<v1::TraceContext>,
     ) -> Result<Option<Waiting>, Failure> {
         let bytes = request.encoded_len();
         // A link that has ended meanwhile has a successor with the next connection. Another end says more of the node.
         for _ in 0..2 {
             let connection = self.connection(address, until, started).await?;
             let operation = request.clone().into_operation();
-            match Link::submit(self, address, &connection, operation, bytes, until.deadline) {
+            let submission = Submission { request: operation, bytes, trace: trace.clone() };
+            match Link::submit(self, address, &connection, submission, until.deadline) {
                 Ok(waiting) => return Ok(Some(waiting)),
                 Err(Barred::Unary) => return Ok(None),
                 Err(Barred::Over) => {}
@@ -376,12 +433,13 @@ impl Shared {
         target: Target<'_>,
         request: R,
         until: &Until<'_>,
+        trace: Option<v1::TraceContext>,
     ) -> Result<R::Reply, Failure> {
         let started = Instant::now();
         let connection = self.connection(&target.address, until, started).await?;
         let gate = Arc::new(Gate::default());
         let channel = GatedChannel { channel: connection.channel.clone(), gate: Arc::clone(&gate) };
-        let exchange = exchange(channel, request, until.deadline);
+        let exchange = exchange(channel, request, until.deadline, trace);
         let answer = tokio::select! {
             answer = exchange => answer,
             () = self.suspect_until(until.deadline) => {
@@ -428,6 +486,14 @@ impl Shared {
 
     /// Takes note of what a failed attempt says of its node. True if it told of another leader.
     pub(crate) fn note_failure(&self, address: &Address, failure: &Failure) -> bool {
+        let news = self.note(address, failure);
+        if news {
+            self.notice_leader();
+        }
+        news
+    }
+
+    fn note(&self, address: &Address, failure: &Failure) -> bool {
         let now = Instant::now();
         let state = &mut *self.state.lock();
         match failure {
@@ -507,11 +573,19 @@ impl Shared {
 }
 
 /// Sends the request and waits for the answer.
-async fn exchange<R: Unary>(channel: GatedChannel, request: R, deadline: Instant) -> Result<R::Reply, tonic::Status> {
+async fn exchange<R: Unary>(
+    channel: GatedChannel,
+    request: R,
+    deadline: Instant,
+    trace: Option<v1::TraceContext>,
+) -> Result<R::Reply, tonic::Status> {
     let mut grpc = Grpc::new(channel).max_decoding_message_size(REPLY_BYTES_MAX);
     grpc.ready().await.map_err(|error| tonic::Status::unavailable(Cause::of(error).message))?;
     let mut request = tonic::Request::new(request);
     request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    if let Some(header) = trace.and_then(|trace| trace.to_traceparent()?.parse().ok()) {
+        request.metadata_mut().insert(TRACEPARENT, header);
+    }
     let codec = ProstCodec::<R, R::Reply>::default();
     let reply = grpc.unary(request, PathAndQuery::from_static(R::PATH), codec).await?;
     Ok(reply.into_inner())

@@ -278,6 +278,7 @@ impl Shared {
         };
         if news {
             self.changed.notify_waiters();
+            self.notice_leader();
         }
     }
 }
@@ -316,7 +317,7 @@ async fn refresh(shared: &Shared) {
         .into_iter()
         .map(|address| async move {
             let target = Target::begin(shared, &address);
-            let answer = shared.attempt_unary(target, v1::MembersRequest {}, &deadline.into()).await;
+            let answer = shared.attempt_unary(target, v1::MembersRequest {}, &deadline.into(), None).await;
             (address, answer)
         })
         .collect();

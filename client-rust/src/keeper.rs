@@ -34,6 +34,7 @@ use crate::client::{Client, Shared};
 use crate::clock::Moment;
 use crate::error::Error;
 use crate::lease::LeaseRevokeResponse;
+use crate::observe::Notice;
 use crate::retry::{Cause, Decision, Failure, Resend, backoff, decide};
 use crate::topology::{Address, Route};
 use crate::until::Ended;
@@ -289,6 +290,7 @@ async fn keep(shared: Arc<Shared>, lease: LeaseId, pulse: Arc<Pulse>) {
         () = shared.closed.cancelled() => {}
     }
     pulse.lose();
+    shared.notice(&Notice::LeaseLost(lease));
 }
 
 /// Tells the watchers what time does to the lease; ends when it is lost.

@@ -29,6 +29,8 @@
 //! it, and `cache` keeps what both give. A `lock` and an `election` are a place in a `lock_queue`: a key under a lease
 //! that a `keeper` renews, and a watch of whoever is before.
 //!
+//! `observe` tells observers what happens, and takes the trace of whoever calls along; `metrics` is an observer.
+//!
 //! The client never depends on the server, and a language binding adds nothing to its semantics.
 
 mod cache;
@@ -47,7 +49,10 @@ mod lease;
 mod lock;
 mod lock_queue;
 mod maintenance;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod namespace;
+mod observe;
 mod options;
 mod pipeline;
 #[cfg(not(feature = "tls"))]
@@ -85,6 +90,9 @@ pub use lease::{
 };
 pub use lock::{Lock, LockGuard};
 pub use maintenance::{Compact, CompactResponse};
+#[cfg(feature = "metrics")]
+pub use metrics::ClientMetrics;
+pub use observe::{Attempt, Call, End, Notice, Observer, TraceContext};
 pub use options::ClientBuilder;
 pub use range::{Pages, Range, RangeResponse};
 pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};
@@ -99,5 +107,5 @@ pub use write::{
 };
 
 pub use bytes::Bytes;
-pub use d_engine_proto::{Epoch, LeaseId, LogIndex, NodeId, Revision, Term};
+pub use d_engine_proto::{Epoch, LeaseId, LogIndex, NodeId, Revision, SessionId, Term};
 pub use tokio_util::sync::CancellationToken;

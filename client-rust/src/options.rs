@@ -1,11 +1,13 @@
 //! What a client can be told when it is built.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use d_engine_proto::defaults;
 
 use crate::client::Client;
 use crate::error::Error;
+use crate::observe::{OBSERVERS_MAX, Observer, Observers};
 use crate::read::Consistency;
 #[cfg(feature = "tls")]
 use crate::tls::TlsOptions;
@@ -32,6 +34,7 @@ pub(crate) struct Options {
     pub(crate) calls_in_flight_max: u32,
     pub(crate) bytes_in_flight_max: u32,
     pub(crate) security: Security,
+    pub(crate) observers: Observers,
 }
 
 /// Builds a [`Client`].
@@ -74,6 +77,7 @@ impl ClientBuilder {
                 calls_in_flight_max: CALLS_IN_FLIGHT_MAX,
                 bytes_in_flight_max: BYTES_IN_FLIGHT_MAX,
                 security: Security::default(),
+                observers: Observers::default(),
             },
         }
     }
@@ -151,16 +155,26 @@ impl ClientBuilder {
         self
     }
 
+    /// Tells `observer` of every call, of its attempts, and of what changes beside them. Up to 8 may be told; adds to
+    /// those given before.
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.options.observers.0.push(Arc::new(observer));
+        self
+    }
+
     /// Builds the client without waiting for any node. Must be called within a Tokio runtime, which then runs the
     /// client's background work.
     ///
     /// # Errors
     /// `InvalidArgument`: no endpoint, a malformed one, one whose scheme contradicts the TLS options, TLS options that
-    /// do not serve, or no runtime.
+    /// do not serve, too many observers, or no runtime.
     pub fn build(self) -> Result<Client, Error> {
         let invalid = |message: String| Error::invalid("build", message);
         if self.endpoints.is_empty() {
             return Err(invalid("no endpoint was given".to_owned()));
+        }
+        if self.options.observers.0.len() > OBSERVERS_MAX {
+            return Err(invalid(format!("a client has {OBSERVERS_MAX} observers at most")));
         }
         let mut seeds = Vec::with_capacity(self.endpoints.len());
         for endpoint in &self.endpoints {

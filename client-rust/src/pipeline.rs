@@ -99,10 +99,19 @@ enum Phase {
     Unary,
 }
 
+/// What a caller wants done.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) request: operation::Request,
+    /// Of the encoded request.
+    pub(crate) bytes: usize,
+    /// The span it belongs to.
+    pub(crate) trace: Option<v1::TraceContext>,
+}
+
 #[derive(Debug)]
 struct Queued {
-    request: operation::Request,
-    bytes: usize,
+    submission: Submission,
     pending: Pending,
 }
 
@@ -115,13 +124,12 @@ struct Pending {
 }
 
 impl Link {
-    /// Puts an operation into the queue of `connection`'s link. `bytes`: of the encoded request.
+    /// Puts an operation into the queue of `connection`'s link.
     pub(crate) fn submit(
         shared: &Arc<Shared>,
         address: &Address,
         connection: &Connection,
-        request: operation::Request,
-        bytes: usize,
+        submission: Submission,
         deadline: Instant,
     ) -> Result<Waiting, Barred> {
         let link = &connection.link;
@@ -139,7 +147,7 @@ impl Link {
             state.last_id += 1;
             let id = state.last_id;
             let look_at = deadline.min(pending.begun + SUSPECT_AFTER);
-            state.queue.insert(id, Queued { request, bytes: bytes + OPERATION_BYTES, pending });
+            state.queue.insert(id, Queued { submission, pending });
             if state.sweep_at.is_none_or(|at| look_at < at) {
                 state.sweep_at = Some(look_at);
                 link.time.notify_one();
@@ -328,15 +336,16 @@ impl LinkState {
             bytes += OPERATION_BYTES;
         }
         while let Some(first) = self.queue.first_entry() {
-            if bytes > 0 && bytes + first.get().bytes > BATCH_BYTES_MAX {
+            if bytes > 0 && bytes + first.get().submission.bytes + OPERATION_BYTES > BATCH_BYTES_MAX {
                 break;
             }
-            let (id, Queued { request, bytes: taken, pending }) = first.remove_entry();
-            bytes += taken;
+            let (id, Queued { submission, pending }) = first.remove_entry();
+            bytes += submission.bytes + OPERATION_BYTES;
             let rest = pending.deadline.saturating_duration_since(now);
             // 0 would be the server's default.
             let timeout_us = u64::try_from(rest.as_micros()).unwrap_or(u64::MAX).max(1);
-            operations.push(v1::Operation { id, timeout_us, trace: None, request: Some(request) });
+            let Submission { request, trace, .. } = submission;
+            operations.push(v1::Operation { id, timeout_us, trace, request: Some(request) });
             self.flight.insert(id, pending);
         }
         Some(v1::OperationBatch { operations })

@@ -27,6 +27,7 @@ use crate::call::Plan;
 use crate::client::Shared;
 use crate::clock::Moment;
 use crate::error::{Error, ErrorKind, Outcome};
+use crate::observe::Notice;
 use crate::retry::Resend;
 use crate::topology::Route;
 use crate::until::Until;
@@ -242,7 +243,7 @@ impl Shared {
         let request = v1::SessionCloseRequest { session: session.id.get() };
         let timeout = deadline.saturating_duration_since(Instant::now());
         let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout };
-        if let Err(error) = self.attempts(request, plan, &deadline.into(), &mut false).await {
+        if let Err(error) = self.own_call(request, plan, &deadline.into()).await {
             tracing::debug!(session = %session.id, %error, "a session was left to end by itself");
         }
     }
@@ -257,12 +258,13 @@ impl Shared {
             // A session registered twice costs nothing but itself, and the caller's request was not sent.
             let timeout = until.deadline.saturating_duration_since(Instant::now());
             let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout };
-            match self.attempts(v1::SessionRegisterRequest::default(), plan, until, &mut false).await {
+            match self.own_call(v1::SessionRegisterRequest::default(), plan, until).await {
                 Ok((reply, sent)) => {
                     let ttl = Duration::from_millis(reply.ttl_ms);
                     let session = Arc::new(Session::new(SessionId(reply.session), ttl, sent));
                     *self.sessions.current.lock() = Current::Session(Arc::clone(&session));
                     self.counters.sessions.add();
+                    self.notice(&Notice::Session(session.id));
                     self.tasks.spawn_until_closed(renew(Arc::clone(self), Arc::clone(&session)));
                     Ok(Some(session))
                 }
@@ -294,7 +296,7 @@ async fn renew(shared: Arc<Shared>, session: Arc<Session>) {
         }
         let request = v1::SessionRenewRequest { session: session.id.get() };
         let plan = Plan { route: Route::Leader, resend: Resend::Idempotent, timeout: pause };
-        match shared.attempts(request, plan, &(Instant::now() + pause).into(), &mut false).await {
+        match shared.own_call(request, plan, &(Instant::now() + pause).into()).await {
             Ok((_, sent)) => session.confirm(sent),
             Err(error) if error.kind() == ErrorKind::SessionExpired => shared.sessions.retire(&session),
             Err(error) => tracing::debug!(session = %session.id, %error, "a session was not renewed"),

@@ -8,6 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Stats {
     /// Calls begun.
     pub calls: u64,
+    /// Calls that have not ended yet, those that the client makes for its session included.
+    pub in_flight: u64,
+    /// Calls that ended by being dropped, those for the session included.
+    pub abandoned: u64,
+    /// Attempts of all calls, those for the session included.
+    pub attempts: u64,
     /// Calls that ended with an error.
     pub failures: u64,
     /// Failed calls among them whose outcome is unknown.
@@ -34,6 +40,11 @@ pub struct Stats {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) calls: Counter,
+    /// Calls that observers were told of, and those among them that ended.
+    pub(crate) observed: Counter,
+    pub(crate) observed_ended: Counter,
+    pub(crate) abandoned: Counter,
+    pub(crate) attempts: Counter,
     pub(crate) failures: Counter,
     pub(crate) unknown_outcomes: Counter,
     pub(crate) retries: Counter,
@@ -53,6 +64,11 @@ impl Counter {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Adds one, and returns how much it was before.
+    pub(crate) fn next(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -62,6 +78,13 @@ impl Counters {
     pub(crate) fn snapshot(&self, leader_changes: u64) -> Stats {
         Stats {
             calls: self.calls.get(),
+            // In this order, so that no call seems to have ended that did not begin.
+            in_flight: {
+                let ended = self.observed_ended.get();
+                self.observed.get().saturating_sub(ended)
+            },
+            abandoned: self.abandoned.get(),
+            attempts: self.attempts.get(),
             failures: self.failures.get(),
             unknown_outcomes: self.unknown_outcomes.get(),
             retries: self.retries.get(),

@@ -24,6 +24,7 @@ use crate::client::Client;
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::kv::{IntoBytes, KeyRange, KeyValue};
 use crate::namespace::Enter as _;
+use crate::observe::Notice;
 use crate::options::bounded;
 use crate::retry::{Cause, Failure, Resend, backoff};
 use crate::topology::{Address, Route};
@@ -397,7 +398,9 @@ impl Resumable {
         self.cursor = Some(cursor);
         self.live.send_replace(true);
         if std::mem::replace(&mut self.opened, true) {
-            self.client.shared().counters.watch_resumes.add();
+            let shared = self.client.shared();
+            shared.counters.watch_resumes.add();
+            shared.notice(&Notice::WatchResumed);
         }
         Ok(Step::Created(cursor))
     }

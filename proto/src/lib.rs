@@ -8,10 +8,12 @@
 
 mod error;
 mod numbers;
+mod trace;
 mod vocabulary;
 
 pub use error::{DetailedStatus, RetryWhere};
 pub use numbers::{Epoch, LeaseId, LogIndex, NodeId, Revision, SessionId, Term};
+pub use trace::TRACEPARENT;
 pub use vocabulary::{ErrorCode, defaults, limits};
 
 /// Messages and stubs of package `d_engine.v1`.

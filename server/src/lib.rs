@@ -18,4 +18,5 @@ pub mod services;
 pub mod state_machine;
 pub mod storage;
 pub mod tls;
+pub mod trace;
 pub mod watch;

@@ -16,6 +16,9 @@ pub const REQUEST_BYTES_MAX: usize = protocol::REQUEST_BYTES_MAX as usize;
 /// large reach the check that can name what is wrong with it.
 pub const CLIENT_MESSAGE_BYTES_MAX: usize = REQUEST_BYTES_MAX + 64 * 1024;
 
+/// Bytes of an encoded command: a request, and what the engine adds to it: the hash and the span.
+pub const COMMAND_BYTES_MAX: usize = REQUEST_BYTES_MAX + 128;
+
 /// Bytes of a message between members.
 pub const PEER_MESSAGE_BYTES_MAX: usize = 8 << 20;
 

@@ -67,6 +67,8 @@ pub(crate) struct Script {
     pub(crate) cancels: u32,
     /// The `grpc-timeout` of the last request.
     pub(crate) timeout: Option<String>,
+    /// The `traceparent` of the last put.
+    pub(crate) traceparent: Option<String>,
 }
 
 /// A fake node. Dropping it is like killing its process: its connections break at once.
@@ -108,6 +110,7 @@ impl FakeNode {
             operations: 0,
             cancels: 0,
             timeout: None,
+            traceparent: None,
         }));
         let service = Service(Arc::clone(&script));
         let server = tonic::transport::Server::builder()
@@ -336,6 +339,8 @@ impl Kv for Service {
             let mut script = self.0.lock();
             script.puts += 1;
             script.timeout = timeout_of(&request);
+            let traceparent = request.metadata().get(d_engine_proto::TRACEPARENT);
+            script.traceparent = traceparent.map(|value| value.to_str().unwrap().to_owned());
         }
         self.behave(|store, header| {
             let mut response = store.mutate(request.into_inner(), |put| &mut put.session, Store::put)?;

@@ -139,6 +139,8 @@ struct Tls {
 #[serde(deny_unknown_fields, default)]
 struct Monitoring {
     listen_address: Option<String>,
+    otlp_endpoint: Option<String>,
+    otlp_sample_ratio: Option<f64>,
 }
 
 impl FileConfig {
@@ -189,6 +191,8 @@ impl FileConfig {
         set(&mut target.reload_interval, tls.reload_interval_ms.map(Duration::from_millis));
 
         set_optional(&mut config.monitoring.listen_address, monitoring.listen_address);
+        set_optional(&mut config.monitoring.otlp_endpoint, monitoring.otlp_endpoint);
+        set(&mut config.monitoring.otlp_sample_ratio, monitoring.otlp_sample_ratio);
     }
 }
 

@@ -302,11 +302,16 @@ impl TlsConfig {
     }
 }
 
-/// The HTTP port for metrics and load balancers.
+/// What is told to whoever watches the node: the HTTP port for metrics and load balancers, and traces.
 #[derive(Clone, Debug, Default)]
 pub struct MonitoringConfig {
     /// host:port to listen on; unset: none.
     pub listen_address: Option<String>,
+    /// The collector that the spans of traced calls are sent to, as http://host:port; unset: none. The program that
+    /// sets up `tracing` sends them.
+    pub otlp_endpoint: Option<String>,
+    /// The share of calls that came without a trace for which one is begun, 0 to 1.
+    pub otlp_sample_ratio: f64,
 }
 
 impl Default for ClusterConfig {

@@ -154,6 +154,8 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
         enabled = false
         [monitoring]
         listen_address = "127.0.0.1:9181"
+        otlp_endpoint = "http://collector:4317"
+        otlp_sample_ratio = 0.01
         "#,
     )
     .unwrap();
@@ -171,6 +173,25 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
     assert_eq!(config.network.call_timeout, Duration::from_secs(3));
     assert_eq!((config.network.connections_max, config.network.streams_per_connection_max), (100, 10));
     assert_eq!(config.monitoring.listen_address.as_deref(), Some("127.0.0.1:9181"));
+    assert_eq!(config.monitoring.otlp_endpoint.as_deref(), Some("http://collector:4317"));
+    assert_eq!(config.monitoring.otlp_sample_ratio.to_string(), "0.01");
+}
+
+#[test]
+fn a_collector_has_an_address_and_a_share_lies_between_nothing_and_everything() {
+    for endpoint in ["collector:4317", "https://collector:4317", "http://collector", "http://", ""] {
+        let text = format!("[monitoring]\notlp_endpoint = \"{endpoint}\"");
+        assert_refused(&text, &["n1.toml:2: monitoring.otlp_endpoint", "http://127.0.0.1:4317"]);
+    }
+    for ratio in ["-0.1", "1.1", "nan", "inf"] {
+        assert_refused(
+            &format!("[monitoring]\notlp_sample_ratio = {ratio}"),
+            &["monitoring.otlp_sample_ratio", "0.0 to"],
+        );
+    }
+    for ratio in ["0", "1", "0.5"] {
+        load(&format!("[monitoring]\notlp_sample_ratio = {ratio}")).unwrap();
+    }
 }
 
 #[test]

@@ -23,6 +23,7 @@ pub(super) fn validate(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
     timings(config)?;
     persistence(config)?;
     tls(config)?;
+    tracing(config)?;
     bounds(config)
 }
 
@@ -275,6 +276,23 @@ fn tls(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     if !bounds.contains(&interval) {
         let remedy = format!("choose {} to {}", bounds.start(), bounds.end());
         return Err(invalid(config, "tls.reload_interval_ms", format!("{interval} ms is out of bounds"), remedy));
+    }
+    Ok(())
+}
+
+fn tracing(config: &RaftNodeConfig) -> Result<(), ConfigError> {
+    if let Some(endpoint) = &config.monitoring.otlp_endpoint {
+        let address = endpoint.strip_prefix("http://").map(|rest| rest.strip_suffix('/').unwrap_or(rest));
+        if !address.is_some_and(|address| Address::parse(address).is_ok()) {
+            let problem = format!("{endpoint:?} is no collector's address");
+            let remedy = "write http://host:port, such as \"http://127.0.0.1:4317\"";
+            return Err(invalid(config, "monitoring.otlp_endpoint", problem, remedy));
+        }
+    }
+    let ratio = config.monitoring.otlp_sample_ratio;
+    if !(0.0..=1.0).contains(&ratio) {
+        let problem = format!("{ratio} is out of bounds");
+        return Err(invalid(config, "monitoring.otlp_sample_ratio", problem, "choose 0.0 to 1.0"));
     }
     Ok(())
 }

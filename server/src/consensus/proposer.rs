@@ -14,7 +14,7 @@ use super::entry::{Batch, COMMAND_OVERHEAD_BYTES};
 use super::gathering::{Gathering, Shared, Ticket};
 use super::leadership::{LeaderInfo, Leadership, Role};
 use super::raft_types::{Callback, Raft, WriteResult};
-use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, ENTRIES_IN_FLIGHT_MAX, REQUEST_BYTES_MAX};
+use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, COMMAND_BYTES_MAX, ENTRIES_IN_FLIGHT_MAX};
 use crate::metrics::Metrics;
 use crate::state_machine::StoreTime;
 
@@ -34,7 +34,7 @@ pub enum ProposeError {
         pending_bytes_max: usize,
     },
     /// Certainly not applied: one log entry could not carry it to the peers.
-    #[error("the command has {bytes} bytes, the limit is {REQUEST_BYTES_MAX}")]
+    #[error("the command has {bytes} bytes, the limit is {COMMAND_BYTES_MAX}")]
     TooLarge {
         /// Its size.
         bytes: usize,
@@ -186,7 +186,7 @@ fn pending_cost(command: &Bytes) -> usize {
 
 fn check_size(command: &Bytes) -> Result<(), ProposeError> {
     let bytes = command.len();
-    if bytes > REQUEST_BYTES_MAX { Err(ProposeError::TooLarge { bytes }) } else { Ok(()) }
+    if bytes > COMMAND_BYTES_MAX { Err(ProposeError::TooLarge { bytes }) } else { Ok(()) }
 }
 
 impl Proposal {

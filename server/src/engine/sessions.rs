@@ -10,7 +10,7 @@ use siphasher::sip::SipHasher24;
 
 use super::{Deadline, Engine, EngineError};
 
-/// What session and hash add to an encoded command, at most.
+/// What session and hash add to an encoded command, at most; its trace context is part of its length.
 const SESSION_BYTES_MAX: usize = 64;
 
 impl Engine {
@@ -95,11 +95,15 @@ pub(super) fn take_session(change: &mut Change) -> Option<v1::SessionCall> {
 pub(super) fn encode(mut command: v1::Command, buffer: &mut BytesMut) -> Bytes {
     let session = command.session.take();
     buffer.reserve(command.encoded_len() + if session.is_some() { SESSION_BYTES_MAX } else { 0 });
+    // A repetition is the same command in another span.
+    let trace = command.trace.take();
     command.encode_raw(buffer);
+    // The encodings of two parts of a message, one behind the other, are the encoding of the whole.
     if session.is_some() {
         let payload_hash = payload_hash(buffer);
-        // The encodings of two parts of a message, one behind the other, are the encoding of the whole.
-        v1::Command { command: None, session, payload_hash, trace: None }.encode_raw(buffer);
+        v1::Command { command: None, session, payload_hash, trace }.encode_raw(buffer);
+    } else if trace.is_some() {
+        v1::Command { trace, ..v1::Command::default() }.encode_raw(buffer);
     }
     buffer.split().freeze()
 }
@@ -135,6 +139,21 @@ mod tests {
         assert_eq!((request.session, &request.value[..]), (None, b"v".as_slice()));
         assert_eq!(command.payload_hash, proposed(put("v")).payload_hash);
         assert_ne!(command.payload_hash, proposed(put("w")).payload_hash);
+    }
+
+    #[test]
+    fn a_repetition_in_another_span_is_the_same_command() {
+        let under = |trace: Option<v1::TraceContext>| {
+            let mut change = put("v");
+            let session = take_session(&mut change);
+            let command = v1::Command { command: Some(change), session, trace, ..v1::Command::default() };
+            v1::Command::decode(encode(command, &mut BytesMut::new())).unwrap()
+        };
+        let span = |id| v1::TraceContext::new([7; 16], [id; 8], 1);
+        let (first, second) = (under(span(1)), under(span(2)));
+        assert_eq!((first.trace.clone(), second.trace.clone()), (span(1), span(2)));
+        assert_eq!(first.payload_hash, under(None).payload_hash);
+        assert_eq!(v1::Command { trace: span(1), ..second }, first);
     }
 
     #[test]

@@ -4,11 +4,13 @@ use bytes::{Bytes, BytesMut};
 use d_engine_proto::v1::{self, command::Command as Change, command_reply::Reply, txn_operation::Operation};
 use d_engine_proto::{ErrorCode, Revision, limits};
 use prost::Message;
+use tracing::Instrument;
 
 use super::reads::check_txn;
 use super::{Deadline, Engine, EngineError, TURN, check_size, late, sessions};
 use crate::consensus::ProposeError;
 use crate::state_machine::kv::{self, PastStore, Store};
+use crate::trace;
 
 impl Engine {
     /// Writes one key.
@@ -96,14 +98,15 @@ impl Engine {
     ) -> Result<(Option<v1::ResponseHeader>, Reply), EngineError> {
         #[cfg(feature = "fault-points")]
         let operation = crate::faults::operation(&change);
-        let encoded = self.prepare(change, &mut BytesMut::new())?;
+        let span = trace::propose();
+        let encoded = self.prepare(change, trace::context(&span), &mut BytesMut::new())?;
         if Deadline::now() >= deadline {
             return Err(late(TURN));
         }
         self.settle_now(deadline).await?;
         #[cfg(feature = "fault-points")]
         crate::faults::reached(crate::faults::BEFORE_PROPOSE, operation).await?;
-        let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded)).await {
+        let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded).instrument(span)).await {
             Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
             Err(_) => return Err(uncommitted()),
         };
@@ -112,15 +115,22 @@ impl Engine {
         self.read_reply(answer)
     }
 
-    /// Checks a change, and encodes the command that is proposed into a part of `buffer`.
-    pub(super) fn prepare(&self, mut change: Change, buffer: &mut BytesMut) -> Result<Bytes, EngineError> {
+    /// Checks a change, and encodes the command that is proposed, as a part of the span `trace`, into a part of
+    /// `buffer`.
+    pub(super) fn prepare(
+        &self,
+        mut change: Change,
+        trace: Option<v1::TraceContext>,
+        buffer: &mut BytesMut,
+    ) -> Result<Bytes, EngineError> {
         if !self.inner.config.leases_enabled && makes_lease(&change) {
             return Err(EngineError::LeasesDisabled);
         }
         let session = sessions::take_session(&mut change);
-        let command = v1::Command { command: Some(change), session, ..v1::Command::default() };
+        let mut command = v1::Command { command: Some(change), session, ..v1::Command::default() };
         check_size(command.encoded_len())?;
         kv::validate(&command)?;
+        command.trace = trace;
         Ok(sessions::encode(command, buffer))
     }
 

@@ -6,12 +6,14 @@ use std::time::Instant;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
-use d_engine_proto::DetailedStatus;
+use d_engine_proto::v1::TraceContext;
+use d_engine_proto::{DetailedStatus, TRACEPARENT};
 use tonic::Status;
 use tracing::Instrument;
 
 use super::error::explain;
 use crate::metrics::Metrics;
+use crate::trace;
 
 const PACKAGE: &str = "/d_engine.v1.";
 
@@ -49,10 +51,12 @@ pub(super) async fn observe(State(metrics): State<Arc<Metrics>>, request: Reques
     }
     let method = METHODS.iter().find(|method| **method == path).copied().unwrap_or("unknown");
     let started = Instant::now();
-    let answer = next.run(request).instrument(tracing::debug_span!("call", method));
+    let span = trace::call(method, parent(&request).as_ref());
+    let answer = next.run(request).instrument(span.clone());
     #[cfg(feature = "fault-points")]
     let answer = between_the_fault_points(method, answer);
     let (response, code) = complete(answer.await);
+    trace::ended(&span, code);
     metrics.request(method, code, started.elapsed());
     response
 }
@@ -71,6 +75,11 @@ async fn between_the_fault_points(method: &str, answer: impl Future<Output = Res
         Ok(()) => response,
         Err(error) => refused(error),
     }
+}
+
+/// The span that the call belongs to.
+fn parent(request: &Request) -> Option<TraceContext> {
+    TraceContext::from_traceparent(request.headers().get(TRACEPARENT)?.to_str().ok()?)
 }
 
 /// The response with details, if it is an error, and the name of its code.

@@ -25,6 +25,7 @@ use super::error::status;
 use crate::engine::{Deadline, Engine, Pipeline};
 use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, PIPELINE_BATCH_BYTES_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::Metrics;
+use crate::trace;
 
 const METHOD: &str = "/d_engine.v1.Pipeline/Exchange";
 /// Field of `OperationBatch`.
@@ -209,7 +210,9 @@ impl Session {
     fn answers(&mut self) -> Option<v1::AnswerBatch> {
         let now = Deadline::now();
         let answers = self.pipeline.take_answers().map(|answered| {
-            self.metrics.request(answered.method, code(&answered.answer), now.duration_since(answered.began));
+            let (origin, code) = (answered.origin, code(&answered.answer));
+            trace::ended(&origin.call, code);
+            self.metrics.request(origin.method, code, now.duration_since(origin.began));
             answered.answer
         });
         let answers: Vec<_> = answers.collect();

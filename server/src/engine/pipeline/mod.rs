@@ -35,6 +35,7 @@ use futures_util::{FutureExt, StreamExt};
 use prost::Message;
 use prost::encoding::encoded_len_varint;
 use tokio::time::Sleep;
+use tracing::Instrument;
 
 use super::writes::uncommitted;
 use super::{Deadline, Engine, EngineError, TURN, late};
@@ -42,7 +43,7 @@ use crate::consensus::{Answer as Applied, Gathering, ProposeError, Ticket};
 use crate::limits::{PIPELINE_BATCH_BYTES_MAX, PIPELINE_CALLS_MAX, PIPELINE_DEADLINES_PAUSE};
 use operation::{Other, Work};
 use reads::Reads;
-use table::{Flight, Stage, Table};
+use table::{Flight, Origin, Stage, Table};
 
 /// Commands are encoded into pieces of memory of this size, unless one is larger.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -73,10 +74,8 @@ pub(crate) struct Answered {
     pub(crate) answer: v1::Answer,
     /// Bytes it takes in a message.
     pub(crate) bytes: usize,
-    /// The unary method that does the same.
-    pub(crate) method: &'static str,
-    /// When the operation began.
-    pub(crate) began: Deadline,
+    /// Which operation it answers.
+    pub(crate) origin: Origin,
 }
 
 /// The operations of one caller. Dropping it withdraws what can be withdrawn.
@@ -167,8 +166,7 @@ impl Pipeline {
     /// # Errors
     /// When the operation cannot be answered; nothing can follow then.
     pub(crate) fn begin(&mut self, operation: v1::Operation, bytes: usize, timeout: Duration) -> Result<(), Misuse> {
-        // The span of the operation belongs to the command of a write, and to the call of whatever else.
-        let v1::Operation { id, request, trace: _, timeout_us: _ } = operation;
+        let v1::Operation { id, request, trace, timeout_us: _ } = operation;
         if id == 0 {
             return Err(Misuse::NoId);
         }
@@ -182,39 +180,41 @@ impl Pipeline {
         }
         let deadline = self.now + timeout;
         let returns_values = matches!(&work, Work::Write(change) if operation::returns_values(change));
-        let flight = |stage| Flight { serial: 0, deadline, began: self.now, method, bytes, returns_values, stage };
+        let origin = Origin::new(method, self.now, trace.as_ref());
+        let flight = |origin, stage| Flight { serial: 0, deadline, origin, bytes, returns_values, stage };
         match work {
             Work::Write(change) => {
                 if self.buffer.capacity() == 0 {
                     self.buffer.reserve(BUFFER_BYTES);
                 }
-                match self.engine.prepare(change, &mut self.buffer) {
+                let (origin, trace) = origin.proposing();
+                match self.engine.prepare(change, trace, &mut self.buffer) {
                     Ok(command) => {
-                        let ticket = self.table.insert(id, flight(Stage::Write));
+                        let ticket = self.table.insert(id, flight(origin, Stage::Write));
                         self.timer.expect(deadline);
                         self.writes.push_back((ticket, command));
                     }
-                    Err(error) => self.push(id, method, self.now, Err(error)),
+                    Err(error) => self.push(id, origin, Err(error)),
                 }
             }
             Work::Read(query) => {
                 let outcome = self.reads.begin(&self.engine, query, self.answer_bytes >= PIPELINE_BATCH_BYTES_MAX);
                 match outcome {
-                    reads::Begun::Answered(result) => self.push(id, method, self.now, result),
+                    reads::Begun::Answered(result) => self.push(id, origin, result),
                     reads::Begun::Waits(query, wait) => {
-                        let ticket = self.table.insert(id, flight(Stage::Read(query.detached())));
+                        let ticket = self.table.insert(id, flight(origin, Stage::Read(query.detached())));
                         self.timer.expect(deadline);
                         self.reads.park(ticket, wait);
                     }
                     reads::Begun::Past(query) => {
-                        let ticket = self.table.insert(id, flight(Stage::Waits(Other::Past(query.detached()))));
+                        let ticket = self.table.insert(id, flight(origin, Stage::Waits(Other::Past(query.detached()))));
                         self.timer.expect(deadline);
                         self.waiting.push_back(ticket);
                     }
                 }
             }
             Work::Other(other) => {
-                let ticket = self.table.insert(id, flight(Stage::Waits(other)));
+                let ticket = self.table.insert(id, flight(origin, Stage::Waits(other)));
                 self.timer.expect(deadline);
                 self.waiting.push_back(ticket);
             }
@@ -242,7 +242,7 @@ impl Pipeline {
             };
             let message = "the operation was cancelled".to_owned();
             let error = v1::OperationError { detail: Some(detail), message };
-            self.push_reply(id, flight.method, flight.began, Reply::Error(error));
+            self.push_reply(id, flight.origin, Reply::Error(error));
         }
     }
 
@@ -383,11 +383,12 @@ impl Pipeline {
 
     /// Begins the call of an operation, if it is still in flight.
     fn call(&mut self, ticket: Ticket) {
-        let Some(Flight { stage, deadline, .. }) = self.table.find_mut(ticket) else { return };
+        let Some(Flight { stage, deadline, origin, .. }) = self.table.find_mut(ticket) else { return };
         let (handle, registration) = AbortHandle::new_pair();
         if let Stage::Waits(other) = mem::take(stage) {
             *stage = Stage::Call { handle, withdrawable: other.is_read() };
-            let call = other.run(self.engine.clone(), *deadline).map(move |result| (ticket, result)).boxed();
+            let run = other.run(self.engine.clone(), *deadline).instrument(origin.call.clone());
+            let call = run.map(move |result| (ticket, result)).boxed();
             self.calls.push(Abortable::new(call, registration));
         }
     }
@@ -416,30 +417,30 @@ impl Pipeline {
                 Stage::Write if self.gathering.withdraw(flight.serial) => late(TURN),
                 Stage::Write | Stage::Call { .. } => uncommitted(),
             };
-            self.push(id, flight.method, flight.began, Err(error));
+            self.push(id, flight.origin, Err(error));
         }
     }
 
     /// Answers an operation that is still in flight.
     fn finish(&mut self, ticket: Ticket, result: Result<Reply, EngineError>) {
         if let Some(flight) = self.table.remove_held(ticket) {
-            self.push(ticket.id, flight.method, flight.began, result);
+            self.push(ticket.id, flight.origin, result);
         }
     }
 
-    fn push(&mut self, id: u64, method: &'static str, began: Deadline, result: Result<Reply, EngineError>) {
+    fn push(&mut self, id: u64, origin: Origin, result: Result<Reply, EngineError>) {
         let reply = result.unwrap_or_else(|error| {
             Reply::Error(v1::OperationError { detail: Some(error.detail()), message: error.to_string() })
         });
-        self.push_reply(id, method, began, reply);
+        self.push_reply(id, origin, reply);
     }
 
-    fn push_reply(&mut self, id: u64, method: &'static str, began: Deadline, reply: Reply) {
+    fn push_reply(&mut self, id: u64, origin: Origin, reply: Reply) {
         let answer = v1::Answer { id, reply: Some(reply) };
         let length = answer.encoded_len();
         let bytes = 1 + encoded_len_varint(length as u64) + length;
         self.answer_bytes += bytes;
-        self.answers.push_back(Answered { answer, bytes, method, began });
+        self.answers.push_back(Answered { answer, bytes, origin });
     }
 }
 

@@ -3,22 +3,48 @@
 use std::collections::HashMap;
 
 use futures_util::future::AbortHandle;
+use d_engine_proto::v1;
+use tracing::Span;
 
 use super::operation::{Other, Query};
 use crate::consensus::Ticket;
 use crate::engine::Deadline;
+use crate::trace;
 use crate::limits::{PIPELINE_BYTES_MAX, PIPELINE_OPERATIONS_MAX, PIPELINE_RETURNING_MAX};
 
 /// A table that was once full keeps memory for no more than so many operations when it is nearly empty.
 const KEPT: usize = 256;
+
+/// What is to be told of an operation when it ends.
+pub(crate) struct Origin {
+    /// The unary method that does the same.
+    pub(crate) method: &'static str,
+    /// When it began.
+    pub(crate) began: Deadline,
+    pub(crate) call: Span,
+    /// Of what it proposes.
+    propose: Span,
+}
+
+impl Origin {
+    pub(super) fn new(method: &'static str, began: Deadline, parent: Option<&v1::TraceContext>) -> Self {
+        Self { method, began, call: trace::call(method, parent), propose: Span::none() }
+    }
+
+    /// Begins to propose, and tells the span of it, if somebody records that.
+    pub(super) fn proposing(self) -> (Self, Option<v1::TraceContext>) {
+        let propose = self.call.in_scope(trace::propose);
+        let context = trace::context(&propose);
+        (Self { propose, ..self }, context)
+    }
+}
 
 /// An operation in flight.
 pub(super) struct Flight {
     /// Tells it from others that had its id.
     pub(super) serial: u64,
     pub(super) deadline: Deadline,
-    pub(super) began: Deadline,
-    pub(super) method: &'static str,
+    pub(super) origin: Origin,
     /// What it takes of the bound.
     pub(super) bytes: usize,
     /// Whether it is a write whose answer may be large.

@@ -16,6 +16,8 @@ pub(super) struct Proposal {
     /// `None`: the command is applied as often as it comes.
     pub(super) call: Option<Call>,
     pub(super) command: Command,
+    /// Without effect; handed out to whoever records the trace.
+    pub(super) trace: Option<v1::TraceContext>,
 }
 
 /// What makes a command exactly-once.
@@ -147,14 +149,14 @@ impl TryFrom<v1::Command> for Proposal {
 
     fn try_from(proposed: v1::Command) -> Result<Self, KvError> {
         rules::validate(&proposed)?;
-        let v1::Command { command, session, payload_hash, trace: _ } = proposed;
+        let v1::Command { command, session, payload_hash, trace } = proposed;
         let call = session.map(|v1::SessionCall { session, sequence, acknowledged_through }| Call {
             session: SessionId(session),
             sequence,
             acknowledged_through,
             payload_hash,
         });
-        Ok(Self { call, command: required(command, "command")?.try_into()? })
+        Ok(Self { call, command: required(command, "command")?.try_into()?, trace })
     }
 }
 

@@ -24,6 +24,7 @@ use super::store::{self, Store};
 use crate::state_machine::{AppliedState, CommittedEntry, StateMachine, StoreTime};
 use crate::storage::versions::{Change, ScanOrder, StoreState, Submission, VersionStore};
 use crate::storage::{LogPosition, StorageError};
+use crate::trace;
 
 /// The state machine of the product. Readers never wait for `apply`, nor it for them.
 pub struct KvStateMachine {
@@ -170,7 +171,10 @@ impl StateMachine for KvStateMachine {
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
         let _applying = self.applying.lock();
         let mut store = Store::clone(&self.current.load());
-        let store::Effects { answers, changes, records, expired } = store.apply(entry);
+        let store::Effects { answers, changes, records, expired, traced } = store.apply(entry);
+        // They end when this returns: when what the commands changed can be read here.
+        let _spans: Vec<_> =
+            traced.iter().map(|command| trace::apply(&command.context, entry.position, command.revision)).collect();
         let changes = Arc::new(changes);
         let state = store.state().clone();
         let revision = store.revision();

@@ -8,7 +8,7 @@ use d_engine_proto::v1::{self, command_reply::Reply};
 use d_engine_proto::{LeaseId, Revision, SessionId};
 use prost::Message;
 
-use super::command::{Command, Proposal, RangePart, RangeQuery};
+use super::command::{Call, Command, Proposal, RangePart, RangeQuery};
 use super::error::KvError;
 use super::invariants::Violation;
 use super::keys::Keys;
@@ -48,6 +48,16 @@ pub(super) struct Effects {
     pub(super) records: Vec<Record>,
     /// How many leases and sessions came to their deadline.
     pub(super) expired: usize,
+    /// The commands whose trace somebody records; hardly ever any.
+    pub(super) traced: Vec<Traced>,
+}
+
+/// A command that belongs to a trace.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Traced {
+    pub(super) context: v1::TraceContext,
+    /// The store's, after the command.
+    pub(super) revision: Revision,
 }
 
 impl Store {
@@ -181,11 +191,16 @@ impl Store {
         let expired = self.expire(&mut changes);
         let mut answers = Vec::with_capacity(commands.len());
         let mut buffer = BytesMut::with_capacity(commands.len() * ANSWER_BYTES_TYPICAL);
+        let mut traced = Vec::new();
         for command in commands {
-            answers.push(self.answer(command, &mut buffer, &mut changes));
+            let (answer, trace) = self.answer(command, &mut buffer, &mut changes);
+            answers.push(answer);
+            if let Some(context) = trace {
+                traced.push(Traced { context, revision: self.revision() });
+            }
         }
         let records = self.leases.take_records().chain(self.sessions.take_records()).collect();
-        Effects { answers, changes, records, expired }
+        Effects { answers, changes, records, expired, traced }
     }
 
     /// Ends what is due, the earliest first; only so much of it that the entry's commands need not wait for long. The
@@ -216,12 +231,27 @@ impl Store {
         StoreTime(self.state.store_time)
     }
 
-    /// Answers a command: applies it, unless its session knows the answer.
-    fn answer(&mut self, command: &Bytes, buffer: &mut BytesMut, changes: &mut Vec<Change>) -> Bytes {
-        let (call, command) = match Proposal::decode(command) {
-            Ok(Proposal { call, command }) => (call, command),
-            Err(refusal) => return self.encode(Err(refusal), buffer),
-        };
+    /// Answers a command, and says to which trace it belongs.
+    fn answer(
+        &mut self,
+        command: &Bytes,
+        buffer: &mut BytesMut,
+        changes: &mut Vec<Change>,
+    ) -> (Bytes, Option<v1::TraceContext>) {
+        match Proposal::decode(command) {
+            Ok(Proposal { call, command, trace }) => (self.answer_once(call, command, buffer, changes), trace),
+            Err(refusal) => (self.encode(Err(refusal), buffer), None),
+        }
+    }
+
+    /// Applies a command, unless its session knows the answer.
+    fn answer_once(
+        &mut self,
+        call: Option<Call>,
+        command: Command,
+        buffer: &mut BytesMut,
+        changes: &mut Vec<Change>,
+    ) -> Bytes {
         let Some(call) = call else {
             let reply = self.apply_command(command, changes);
             return self.encode(reply, buffer);

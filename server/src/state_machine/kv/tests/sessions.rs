@@ -52,6 +52,20 @@ fn is_error(answer: &Bytes) -> bool {
 const NOT_APPLIED: v1::Outcome = v1::Outcome::Unspecified;
 
 #[test]
+fn a_span_is_handed_out_and_has_no_effect() {
+    let span = |id| v1::TraceContext::new([7; 16], [id; 8], 1);
+    let under = |trace| v1::Command { trace, ..call(1, 0, put_k()) };
+    let (mut traced, mut plain) = (store(), store());
+    let with = apply_at(&mut traced, 10, &[under(span(1)), under(span(2))]);
+    let without = apply_at(&mut plain, 10, &[under(None), under(None)]);
+    assert_eq!(with.answers, without.answers, "the second is a repetition of the first");
+    assert_eq!(format!("{:?}", traced.state()), format!("{:?}", plain.state()));
+    let handed_out: Vec<_> = with.traced.into_iter().map(|traced| (Some(traced.context), traced.revision)).collect();
+    assert_eq!(handed_out, [(span(1), Revision(1)), (span(2), Revision(1))]);
+    assert_eq!(without.traced, []);
+}
+
+#[test]
 fn a_repetition_gets_the_first_answer_byte_by_byte_and_is_not_applied() {
     let mut store = store();
     let commands = [
