@@ -283,7 +283,7 @@ fn tls(config: &RaftNodeConfig) -> Result<(), ConfigError> {
 fn tracing(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     if let Some(endpoint) = &config.monitoring.otlp_endpoint {
         let address = endpoint.strip_prefix("http://").map(|rest| rest.strip_suffix('/').unwrap_or(rest));
-        if !address.is_some_and(|address| Address::parse(address).is_ok()) {
+        if address.is_none_or(|address| Address::parse(address).is_err()) {
             let problem = format!("{endpoint:?} is no collector's address");
             let remedy = "write http://host:port, such as \"http://127.0.0.1:4317\"";
             return Err(invalid(config, "monitoring.otlp_endpoint", problem, remedy));
