@@ -61,7 +61,8 @@ impl Client {
     pub(crate) async fn call<R: Unary>(&self, mut request: R, plan: Plan) -> Result<R::Reply, Error> {
         request.check().map_err(|message| Error::invalid(R::OPERATION, message))?;
         request.enter(self.space()).map_err(|error| Error::invalid(R::OPERATION, error.to_string()))?;
-        let mut result = self.shared().call(request, plan, self.cancel()).await;
+        let shared = self.shared();
+        let mut result = shared.call(request, plan, self.cancel()).await;
         match &mut result {
             Ok(reply) => reply.leave(self.space()),
             Err(error) => {
@@ -69,9 +70,9 @@ impl Client {
                 if error.outcome() == Outcome::Unknown {
                     shared.counters.unknown_outcomes.add();
                 }
-                Err(error)
             }
         }
+        result
     }
 
     /// Makes a call to one node, once. Only for calls that change nothing.

@@ -3,7 +3,9 @@ use super::*;
 fn queued(bytes: usize, deadline: Instant) -> (Queued, oneshot::Receiver<Word>) {
     let (slot, word) = oneshot::channel();
     let pending = Pending { slot, begun: deadline - Duration::from_millis(10), deadline, cancelled: false };
-    (Queued { request: operation::Request::Put(v1::PutRequest::default()), bytes, pending }, word)
+    let submission =
+        Submission { request: operation::Request::Put(v1::PutRequest::default()), bytes: bytes - OPERATION_BYTES, trace: None };
+    (Queued { submission, pending }, word)
 }
 
 fn ids(batch: Option<v1::OperationBatch>) -> Vec<u64> {
