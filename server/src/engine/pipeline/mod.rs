@@ -292,9 +292,11 @@ impl Pipeline {
         let mut writes = mem::take(&mut self.writes);
         let now = Deadline::now();
         // Rare: most have seconds.
-        if self.timer.next().is_some_and(|next| next <= now) {
-            self.look_at_deadlines(now);
-            writes.retain(|(ticket, _)| self.table.holds(*ticket));
+        if self.timer.earliest.is_some_and(|earliest| earliest <= now) {
+            let in_time = |ticket: Ticket| self.table.find(ticket).is_some_and(|flight| flight.deadline > now);
+            let (rest, due): (VecDeque<_>, VecDeque<_>) = writes.into_iter().partition(|(ticket, _)| in_time(*ticket));
+            writes = rest;
+            due.into_iter().for_each(|(ticket, _)| self.finish(ticket, Err(late(TURN))));
         }
         if self.engine.due_now().is_none() {
             self.engine.consensus().propose_all(writes, &self.gathering);
