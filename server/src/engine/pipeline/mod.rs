@@ -45,7 +45,7 @@ use reads::Reads;
 use table::{Flight, Stage, Table};
 
 /// Commands are encoded into pieces of memory of this size, unless one is larger.
-const BUFFER_BYTES: usize = 64 << 10;
+const BUFFER_BYTES: usize = 8 << 10;
 
 /// A mistake after which nobody can tell which answer belongs to which operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -419,6 +419,12 @@ impl Pipeline {
                 Stage::Write | Stage::Call { .. } => uncommitted(),
             };
             self.push(id, flight.method, flight.began, Err(error));
+        }
+        if self.is_idle() {
+            // The memory of a burst: the timer goes off once more after the last operation.
+            (self.answers, self.applied, self.waiting) = Default::default();
+            self.gathering.shrink();
+            self.reads.shrink();
         }
     }
 

@@ -224,6 +224,11 @@ impl Reads {
         }
     }
 
+    /// Gives memory back that nothing is in; whoever is in it waits for nobody any more.
+    pub(super) fn shrink(&mut self) {
+        (self.ready, self.round, self.due, self.behind) = Default::default();
+    }
+
     /// Operations that were answered otherwise leave their tickets behind; here they are bounded.
     fn forget_gone(&mut self, table: &Table) {
         const MANY: usize = 2 * PIPELINE_OPERATIONS_MAX;
