@@ -150,6 +150,12 @@ pub const PIPELINE_RETURNING_MAX: usize = 1024;
 /// Operations of one pipeline that run as calls of their own, such as reads of the past, whose answers may be large.
 pub const PIPELINE_CALLS_MAX: usize = 64;
 
+/// Rounds of reads of one pipeline under way; what arrives meanwhile shares the next, as consensus would have it anyway.
+pub const PIPELINE_ROUNDS_MAX: usize = 2;
+
+/// Messages that a pipeline takes in before other streams of its connection have their turn.
+pub const PIPELINE_MESSAGES_PER_TURN: usize = 16;
+
 /// Shortest pause between two looks at the deadlines of a pipeline's operations.
 pub const PIPELINE_DEADLINES_PAUSE: Duration = Duration::from_millis(1);
 

@@ -46,6 +46,11 @@ impl Gathering {
         Poll::Ready(())
     }
 
+    /// Gives memory back that no answer is in.
+    pub fn shrink(&self) {
+        self.0.state.lock().answers.shrink_to_fit();
+    }
+
     /// Takes a proposal back, unless a log entry may hold it already. If it succeeds the command is never proposed, and
     /// has no answer.
     #[must_use]

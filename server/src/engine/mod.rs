@@ -33,7 +33,7 @@ use d_engine_proto::{NodeId, Revision, limits, v1};
 use tokio::task::JoinSet;
 
 pub use error::EngineError;
-pub(crate) use pipeline::Pipeline;
+pub(crate) use pipeline::{Answered, Pipeline};
 pub use status::VERSION;
 
 use crate::consensus::{Consensus, LeaderInfo, Role};

@@ -120,6 +120,34 @@ impl Node {
         LeaseId(self.engine.grant_lease(request, soon()).await.unwrap().lease)
     }
 
+    /// Puts more keys than one entry may end, so that memory holds keys that are due for a while. Returns when the last
+    /// one is due.
+    async fn put_what_ends_together(&self) -> StoreTime {
+        const TXNS: u32 = 40;
+        const KEYS_PER_TXN: u32 = 100;
+        let txn = |number: u32| {
+            let put = |key: u32| {
+                let key = format!("{number}/{key}").into();
+                let put = v1::PutRequest { key, value: "v".into(), ttl_ms: 1000, ..Default::default() };
+                v1::TxnOperation { operation: Some(v1::txn_operation::Operation::Put(put)) }
+            };
+            let then = (0..KEYS_PER_TXN).map(put).collect();
+            self.engine.txn(v1::TxnRequest { then, ..Default::default() }, soon())
+        };
+        let written = futures_util::future::join_all((0..TXNS).map(txn)).await;
+        written
+            .into_iter()
+            .flat_map(|answer| answer.unwrap().results)
+            .filter_map(|result| match result.result {
+                Some(v1::txn_result::Result::Put(put)) => Some(LeaseId(put.lease)),
+                _ => None,
+            })
+            // What has ended already was due before.
+            .filter_map(|lease| self.kv.current().lease(lease).map(|lease| lease.deadline))
+            .max()
+            .unwrap_or_default()
+    }
+
     async fn get(&self, key: &'static str, consistency: Consistency) -> Option<v1::KeyValue> {
         let read = v1::ReadOptions { consistency: consistency.into(), ..Default::default() };
         self.engine.get(v1::GetRequest { key: key.into(), read: Some(read) }, soon()).await.unwrap().kv
@@ -164,32 +192,9 @@ async fn a_key_with_a_time_to_live_ends_though_nobody_asks() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_due_is_never_read_by_a_read_that_promises_the_present() {
-    // More than one entry may end, so that memory holds keys that are due for a while.
-    const TXNS: u32 = 40;
-    const KEYS_PER_TXN: u32 = 100;
     let cluster = Cluster::start(3).await;
     let (leader, followers) = cluster.roles().await;
-    let txn = |number: u32| {
-        let put = |key: u32| {
-            let key = format!("{number}/{key}").into();
-            let put = v1::PutRequest { key, value: "v".into(), ttl_ms: 1000, ..Default::default() };
-            v1::TxnOperation { operation: Some(v1::txn_operation::Operation::Put(put)) }
-        };
-        let then = (0..KEYS_PER_TXN).map(put).collect();
-        leader.engine.txn(v1::TxnRequest { then, ..Default::default() }, soon())
-    };
-    let written = futures_util::future::join_all((0..TXNS).map(txn)).await;
-    let last_deadline = written
-        .into_iter()
-        .flat_map(|answer| answer.unwrap().results)
-        .filter_map(|result| match result.result {
-            Some(v1::txn_result::Result::Put(put)) => Some(LeaseId(put.lease)),
-            _ => None,
-        })
-        // What has ended already was due before.
-        .filter_map(|lease| leader.kv.current().lease(lease).map(|lease| lease.deadline))
-        .max()
-        .unwrap_or_default();
+    let last_deadline = leader.put_what_ends_together().await;
     let watch_it_end = |node: &'static str, reader: Engine, consistency: Consistency| {
         let leader = leader.engine.clone();
         async move {

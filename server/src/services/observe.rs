@@ -1,4 +1,7 @@
 //! Around every call: a span, the metrics, and the details of errors that tonic made itself.
+//!
+//! A call ends here when its answer begins, so that a stream counts with the time until it is open. What happens on it is
+//! counted where it happens: a pipeline counts its operations as calls.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -22,16 +22,16 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::deadline::Deadlines;
 use super::error::status;
-use crate::engine::{Deadline, Engine, Pipeline};
-use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, PIPELINE_BATCH_BYTES_MAX, REQUEST_BYTES_MAX};
+use crate::engine::{Answered, Deadline, Engine, Pipeline};
+use crate::limits::{
+    CLIENT_MESSAGE_BYTES_MAX, PIPELINE_BATCH_BYTES_MAX, PIPELINE_MESSAGES_PER_TURN, REQUEST_BYTES_MAX,
+};
 use crate::metrics::Metrics;
 use crate::trace;
 
 const METHOD: &str = "/d_engine.v1.Pipeline/Exchange";
 /// Field of `OperationBatch`.
 const OPERATIONS: u32 = 1;
-/// Messages that one turn takes in at most: other streams of the connection have theirs.
-const MESSAGES_PER_TURN: usize = 16;
 
 /// The service.
 #[derive(Clone)]
@@ -179,7 +179,7 @@ impl Session {
                 self.begin_next()?;
                 continue;
             }
-            if !self.open || messages == MESSAGES_PER_TURN {
+            if !self.open || messages == PIPELINE_MESSAGES_PER_TURN {
                 if self.open {
                     context.waker().wake_by_ref();
                 }
@@ -209,13 +209,13 @@ impl Session {
     /// The next message with answers, if there are any.
     fn answers(&mut self) -> Option<v1::AnswerBatch> {
         let now = Deadline::now();
-        let answers = self.pipeline.take_answers().map(|answered| {
-            let (origin, code) = (answered.origin, code(&answered.answer));
+        let mut answers = Vec::new();
+        self.metrics.requests(self.pipeline.take_answers().map(|Answered { answer, origin, .. }| {
+            let code = code(&answer);
             trace::ended(&origin.call, code);
-            self.metrics.request(origin.method, code, now.duration_since(origin.began));
-            answered.answer
-        });
-        let answers: Vec<_> = answers.collect();
+            answers.push(answer);
+            (origin.method, code, now.duration_since(origin.began))
+        }));
         (!answers.is_empty()).then_some(v1::AnswerBatch { answers, draining: false })
     }
 }

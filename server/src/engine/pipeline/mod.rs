@@ -46,7 +46,7 @@ use reads::Reads;
 use table::{Flight, Origin, Stage, Table};
 
 /// Commands are encoded into pieces of memory of this size, unless one is larger.
-const BUFFER_BYTES: usize = 64 << 10;
+const BUFFER_BYTES: usize = 8 << 10;
 
 /// A mistake after which nobody can tell which answer belongs to which operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -292,9 +292,11 @@ impl Pipeline {
         let mut writes = mem::take(&mut self.writes);
         let now = Deadline::now();
         // Rare: most have seconds.
-        if self.timer.next().is_some_and(|next| next <= now) {
-            self.look_at_deadlines(now);
-            writes.retain(|(ticket, _)| self.table.holds(*ticket));
+        if self.timer.earliest.is_some_and(|earliest| earliest <= now) {
+            let in_time = |ticket: Ticket| self.table.find(ticket).is_some_and(|flight| flight.deadline > now);
+            let (rest, due): (VecDeque<_>, VecDeque<_>) = writes.into_iter().partition(|(ticket, _)| in_time(*ticket));
+            writes = rest;
+            due.into_iter().for_each(|(ticket, _)| self.finish(ticket, Err(late(TURN))));
         }
         if self.engine.due_now().is_none() {
             self.engine.consensus().propose_all(writes, &self.gathering);
@@ -418,6 +420,12 @@ impl Pipeline {
                 Stage::Write | Stage::Call { .. } => uncommitted(),
             };
             self.push(id, flight.origin, Err(error));
+        }
+        if self.is_idle() {
+            // The memory of a burst: the timer goes off once more after the last operation.
+            (self.answers, self.applied, self.waiting) = Default::default();
+            self.gathering.shrink();
+            self.reads.shrink();
         }
     }
 

@@ -19,12 +19,9 @@ use super::table::Table;
 use crate::consensus::{Role, Ticket};
 use crate::engine::expiry::is_due;
 use crate::engine::{Deadline, Engine, EngineError};
-use crate::limits::PIPELINE_OPERATIONS_MAX;
+use crate::limits::{PIPELINE_OPERATIONS_MAX, PIPELINE_ROUNDS_MAX};
 use crate::state_machine::StoreTime;
 use crate::state_machine::kv::Store;
-
-/// Rounds under way. What arrives meanwhile shares the next one, as consensus would have it anyway.
-const ROUNDS_MAX: usize = 2;
 
 /// The store time by which a read may show nothing that was due, if its policy promises that.
 type Settled = Option<StoreTime>;
@@ -61,8 +58,8 @@ pub(super) enum Begun {
 pub(super) struct Reads {
     /// As of the message at hand; dropped soon, since it keeps what it shows in memory.
     store: Option<(Arc<Store>, Option<v1::ResponseHeader>)>,
-    /// As of the message at hand: what the lease gives.
-    lease: Option<Settled>,
+    /// As of the message at hand: what the lease gives, if anything, or why this node has none.
+    lease: Option<Result<Settled, EngineError>>,
     ready: VecDeque<(Ticket, Settled)>,
     /// For the next round. Whether one of them needs a quorum.
     round: Vec<Ticket>,
@@ -108,10 +105,10 @@ impl Reads {
     pub(super) fn begin(&mut self, engine: &Engine, query: Query, full: bool) -> Begun {
         let settled = match query.check().and_then(|()| engine.policy(query.options().consistency())) {
             Ok(Consistency::Eventual) => None,
-            Ok(Consistency::Lease) => match *self.lease.get_or_insert_with(|| engine.consensus().read_by_lease()) {
-                Some(now) => Some(now),
-                None if engine.consensus().role() != Role::Leader => return Begun::Answered(Err(engine.not_leader())),
-                None => return Begun::Waits(query, Wait::Right(Consistency::Lease)),
+            Ok(Consistency::Lease) => match self.lease.get_or_insert_with(|| lease(engine)) {
+                Ok(Some(now)) => Some(*now),
+                Ok(None) => return Begun::Waits(query, Wait::Right(Consistency::Lease)),
+                Err(error) => return Begun::Answered(Err(error.clone())),
             },
             Ok(policy) => return Begun::Waits(query, Wait::Right(policy)),
             Err(error) => return Begun::Answered(Err(error)),
@@ -177,7 +174,7 @@ impl Reads {
     /// Whether something waits for a round that can begin.
     pub(super) fn can_start_round(&self) -> bool {
         let waits = !self.round.is_empty() || !self.due.is_empty();
-        waits && self.rounds.len() < ROUNDS_MAX
+        waits && self.rounds.len() < PIPELINE_ROUNDS_MAX
     }
 
     /// Begins a round for all that wait for one, unless enough are under way.
@@ -227,6 +224,11 @@ impl Reads {
         }
     }
 
+    /// Gives memory back that nothing is in; whoever is in it waits for nobody any more.
+    pub(super) fn shrink(&mut self) {
+        (self.ready, self.round, self.due, self.behind) = Default::default();
+    }
+
     /// Operations that were answered otherwise leave their tickets behind; here they are bounded.
     fn forget_gone(&mut self, table: &Table) {
         const MANY: usize = 2 * PIPELINE_OPERATIONS_MAX;
@@ -241,5 +243,12 @@ impl Reads {
         if self.ready.len() > MANY {
             self.ready.retain(|(ticket, _)| table.holds(*ticket));
         }
+    }
+}
+
+fn lease(engine: &Engine) -> Result<Settled, EngineError> {
+    match engine.consensus().read_by_lease() {
+        None if engine.consensus().role() != Role::Leader => Err(engine.not_leader()),
+        settled => Ok(settled),
     }
 }

@@ -159,3 +159,41 @@ impl Table {
         (due, earliest)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn flight(deadline: Deadline) -> Flight {
+        let stage = Stage::Write;
+        Flight { serial: 0, deadline, began: deadline, method: "", bytes: 10, returns_values: true, stage }
+    }
+
+    #[test]
+    fn a_ticket_is_worth_nothing_for_the_next_operation_of_its_id() {
+        let mut table = Table::default();
+        let first = table.insert(7, flight(Deadline::now()));
+        assert!(table.holds(first));
+        assert!(table.remove(7).is_some());
+        let second = table.insert(7, flight(Deadline::now()));
+        assert!(!table.holds(first) && table.find_mut(first).is_none());
+        assert!(table.remove_held(first).is_none());
+        assert!(table.remove_held(second).is_some());
+        assert_eq!((table.len(), table.bytes, table.returning), (0, 0, 0));
+    }
+
+    #[test]
+    fn what_is_due_leaves_and_the_next_deadline_is_known() {
+        let mut table = Table::default();
+        let now = Deadline::now();
+        let later = now + Duration::from_secs(1);
+        for (id, deadline) in [(1, now), (2, later), (3, later + Duration::from_secs(1))] {
+            table.insert(id, flight(deadline));
+        }
+        let (due, next) = table.take_due(now);
+        assert_eq!((due.iter().map(|(id, _)| *id).collect::<Vec<_>>(), next), (vec![1], Some(later)));
+        assert_eq!((table.len(), table.bytes, table.returning), (2, 20, 2));
+    }
+}

@@ -8,6 +8,7 @@ use d_engine_proto::v1::operation::Request as Asked;
 
 use super::*;
 use crate::engine::Pipeline;
+use crate::limits::PIPELINE_BATCH_BYTES_MAX;
 
 /// Begins operations that arrive together, with ids from 1 on, and waits for their answers.
 async fn ask(pipeline: &mut Pipeline, requests: Vec<Asked>) -> Vec<Reply> {
@@ -84,32 +85,77 @@ async fn a_read_waits_for_the_revision_it_asks_for_and_others_do_not_wait_for_it
 async fn what_is_due_is_never_read_in_a_pipeline_by_a_read_that_promises_the_present() {
     let cluster = Cluster::start(3).await;
     let (leader, followers) = cluster.roles().await;
-    let mut pipeline = Pipeline::new(leader.engine.clone());
-    let mut elsewhere = Pipeline::new(followers[0].engine.clone());
-    for _ in 0..5 {
-        let replies = ask(&mut pipeline, vec![Asked::Put(v1::PutRequest { ttl_ms: 150, ..put("k") })]).await;
-        let Reply::Put(written) = &replies[0] else { panic!("{replies:?}") };
-        let Some(deadline) = leader.kv.current().lease(LeaseId(written.lease)).map(|lease| lease.deadline) else {
-            continue;
-        };
-        loop {
-            let before = leader.now();
-            let reads = vec![get("k", Consistency::Linearizable), get("k", Consistency::Lease)];
-            let mut replies = ask(&mut pipeline, reads).await;
-            replies.extend(ask(&mut elsewhere, vec![get("k", Consistency::Linearizable)]).await);
-            let shown = replies.iter().any(|reply| value(reply).is_some());
-            assert!(!shown || before < deadline, "shown at {before:?}, due at {deadline:?}");
-            // A write meets what a read would have shown.
-            let swap = v1::CompareAndSwapRequest { key: "k".into(), expected: Some("v".into()), ..Default::default() };
-            let before = leader.now();
-            let swapped = ask(&mut pipeline, vec![Asked::CompareAndSwap(swap)]).await;
-            let Reply::CompareAndSwap(swapped) = &swapped[0] else { panic!("{swapped:?}") };
-            assert!(!swapped.succeeded || before < deadline);
-            if !shown || swapped.succeeded {
-                break;
+    let last_deadline = leader.put_what_ends_together().await;
+    let count = |consistency: Consistency| {
+        let read = Some(v1::ReadOptions { consistency: consistency.into(), ..Default::default() });
+        let range = Some(v1::KeyRange::default());
+        Asked::Range(v1::RangeRequest { range, read, count_only: true, ..Default::default() })
+    };
+    let watch_it_end = |node: &'static str, reader: &Node, policies: Vec<Consistency>| {
+        let (leader, mut pipeline) = (leader.engine.clone(), Pipeline::new(reader.engine.clone()));
+        async move {
+            loop {
+                let before = leader.consensus().store_time().unwrap();
+                let replies = ask(&mut pipeline, policies.iter().map(|policy| count(*policy)).collect()).await;
+                let counts: Vec<u64> = replies
+                    .iter()
+                    .map(|reply| match reply {
+                        Reply::Range(range) => range.count.unwrap(),
+                        other => panic!("{other:?}"),
+                    })
+                    .collect();
+                let left = counts.iter().sum::<u64>();
+                assert!(left == 0 || before < last_deadline, "{node} shows {counts:?} keys that were due");
+                if left == 0 {
+                    return;
+                }
             }
         }
+    };
+    let all = async {
+        tokio::join!(
+            watch_it_end("the leader", leader, vec![Consistency::Linearizable]),
+            watch_it_end("the leader's lease", leader, vec![Consistency::Lease]),
+            watch_it_end("a follower", followers[0], vec![Consistency::Linearizable]),
+        )
+    };
+    within(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_never_pile_up_beyond_a_message() {
+    const VALUE_BYTES: usize = 300_000;
+    let cluster = Cluster::start(1).await;
+    let (leader, _) = cluster.roles().await;
+    leader.engine.put(v1::PutRequest { value: vec![0; VALUE_BYTES].into(), ..put("k") }, soon()).await.unwrap();
+    let mut pipeline = Pipeline::new(leader.engine.clone());
+    let at_most = PIPELINE_BATCH_BYTES_MAX / VALUE_BYTES + 1;
+    pipeline.arrive();
+    let begin = |pipeline: &mut Pipeline, id, consistency| {
+        let request = Some(get("k", consistency));
+        pipeline.begin(v1::Operation { id, request, ..Default::default() }, 1, PATIENCE).unwrap();
+    };
+    let mut begun = 0;
+    while pipeline.has_room() {
+        begun += 1;
+        begin(&mut pipeline, begun, Consistency::Eventual);
+        assert!(begun <= at_most as u64, "{begun} answers wait to be sent");
     }
+    // Those for which there is no room wait in the table, or for the right to be read.
+    for id in 100..200 {
+        begin(&mut pipeline, id, [Consistency::Eventual, Consistency::Linearizable][usize::from(id % 2 == 0)]);
+    }
+    let mut answered = 0;
+    while answered < begun + 100 {
+        let taken = poll_fn(|context| {
+            pipeline.poll(context);
+            let bytes: Vec<_> = pipeline.take_answers().map(|answered| answered.bytes).collect();
+            assert!(bytes.len() <= at_most && bytes.iter().sum::<usize>() <= PIPELINE_BATCH_BYTES_MAX);
+            if bytes.is_empty() { Poll::Pending } else { Poll::Ready(bytes.len()) }
+        });
+        answered += within(taken).await as u64;
+    }
+    assert!(pipeline.is_idle());
 }
 
 #[tokio::test(flavor = "multi_thread")]
