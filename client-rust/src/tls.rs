@@ -207,14 +207,14 @@ fn explain(error: &io::Error) -> String {
                 format!("the server's certificate has expired: renew it ({problem})")
             }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => format!(
-                "the server's certificate is for another name: reach it by one it carries, or set server_name \
+                "the server's certificate is for another name: reach it by one it carries, or set the server name in the TLS options \
                  ({problem})"
             ),
             _ => format!("the server's certificate is refused: {problem}"),
         },
         rustls::Error::AlertReceived(alert) => match alert {
             AlertDescription::CertificateRequired => {
-                "the server asks for a client certificate: give one with identity_files".to_owned()
+                "the server asks for a client certificate: give one in the client's TLS options".to_owned()
             }
             AlertDescription::UnknownCA => {
                 "the server refuses the client certificate: it comes from an unknown issuer".to_owned()

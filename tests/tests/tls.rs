@@ -197,7 +197,7 @@ async fn whoever_is_refused_is_told_why() {
     let address = node.address.to_string();
     let stranger = Pki::new(node.address.ip());
     pki.make_with(&["faketime", "-f", "-3d"], &[("DAYS", "1")], &["client", "old"]);
-    is_refused(address.clone(), Some(pki.trusting()), &["asks for a client certificate", "identity_files"]).await;
+    is_refused(address.clone(), Some(pki.trusting()), &["asks for a client certificate", "TLS options"]).await;
     let foreign = pki.trusting().identity_files(stranger.path("client.pem"), stranger.path("client.key"));
     is_refused(address.clone(), Some(foreign), &["client certificate", "unknown issuer"]).await;
     is_refused(address.clone(), Some(pki.showing("old")), &["client certificate", "expired"]).await;
