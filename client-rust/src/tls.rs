@@ -199,7 +199,8 @@ fn explain(error: &io::Error) -> String {
             "the server does not speak TLS: turn it on there, or leave the client's TLS options out".to_owned()
         }
         rustls::Error::InvalidCertificate(problem) => match problem {
-            CertificateError::UnknownIssuer => {
+            // A CA of the same name as the right one is noticed by the signature only.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 "the server's certificate comes from an unknown issuer: it is not of the CA in the client's TLS options"
                     .to_owned()
             }
@@ -216,7 +217,7 @@ fn explain(error: &io::Error) -> String {
             AlertDescription::CertificateRequired => {
                 "the server asks for a client certificate: give one in the client's TLS options".to_owned()
             }
-            AlertDescription::UnknownCA => {
+            AlertDescription::UnknownCA | AlertDescription::DecryptError => {
                 "the server refuses the client certificate: it comes from an unknown issuer".to_owned()
             }
             AlertDescription::CertificateExpired => {
