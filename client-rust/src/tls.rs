@@ -199,7 +199,8 @@ fn explain(error: &io::Error) -> String {
             "the server does not speak TLS: turn it on there, or leave the client's TLS options out".to_owned()
         }
         rustls::Error::InvalidCertificate(problem) => match problem {
-            CertificateError::UnknownIssuer => {
+            // A CA of the same name as the right one is noticed by the signature only.
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
                 "the server's certificate comes from an unknown issuer: it is not of the CA in the client's TLS options"
                     .to_owned()
             }
@@ -207,16 +208,16 @@ fn explain(error: &io::Error) -> String {
                 format!("the server's certificate has expired: renew it ({problem})")
             }
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => format!(
-                "the server's certificate is for another name: reach it by one it carries, or set server_name \
+                "the server's certificate is for another name: reach it by one it carries, or set the server name in the TLS options \
                  ({problem})"
             ),
             _ => format!("the server's certificate is refused: {problem}"),
         },
         rustls::Error::AlertReceived(alert) => match alert {
             AlertDescription::CertificateRequired => {
-                "the server asks for a client certificate: give one with identity_files".to_owned()
+                "the server asks for a client certificate: give one in the client's TLS options".to_owned()
             }
-            AlertDescription::UnknownCA => {
+            AlertDescription::UnknownCA | AlertDescription::DecryptError => {
                 "the server refuses the client certificate: it comes from an unknown issuer".to_owned()
             }
             AlertDescription::CertificateExpired => {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use d_engine_client::{Client, Error, ErrorKind, Outcome, TlsOptions, WatchUpdate};
+use d_engine_client::{Client, Error, ErrorKind, Outcome, TlsOptions};
 use d_engine_proto::v1;
 use d_engine_proto::v1::peer_client::PeerClient;
 use d_engine_proto::{DetailedStatus, ErrorCode};
@@ -169,9 +169,7 @@ async fn everything_works_over_mutual_tls_also_when_the_leader_is_lost() {
     let mut seen = 0;
     while seen < 2 {
         let update = tokio::time::timeout(wait::PATIENCE, watch.next()).await.expect("an update in time");
-        if let WatchUpdate::Events { events, .. } = update.expect("the watch goes on").expect("no error") {
-            seen += events.len();
-        }
+        seen += update.expect("the watch goes on").expect("no error").events.len();
     }
     cluster.check_alive();
 }
@@ -197,7 +195,7 @@ async fn whoever_is_refused_is_told_why() {
     let address = node.address.to_string();
     let stranger = Pki::new(node.address.ip());
     pki.make_with(&["faketime", "-f", "-3d"], &[("DAYS", "1")], &["client", "old"]);
-    is_refused(address.clone(), Some(pki.trusting()), &["asks for a client certificate", "identity_files"]).await;
+    is_refused(address.clone(), Some(pki.trusting()), &["asks for a client certificate", "TLS options"]).await;
     let foreign = pki.trusting().identity_files(stranger.path("client.pem"), stranger.path("client.key"));
     is_refused(address.clone(), Some(foreign), &["client certificate", "unknown issuer"]).await;
     is_refused(address.clone(), Some(pki.showing("old")), &["client certificate", "expired"]).await;
