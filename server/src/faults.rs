@@ -37,6 +37,9 @@ const POINTS: [&str; 4] = [RECEIVED, BEFORE_PROPOSE, AFTER_COMMIT, BEFORE_REPLY]
 /// How long a leader that steps down waits for its successor.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Between two attempts to step down.
+const PAUSE: Duration = Duration::from_millis(20);
+
 static PREPARED: OnceLock<Prepared> = OnceLock::new();
 
 struct Prepared {
@@ -148,6 +151,8 @@ async fn step_down_from(engine: &Engine) {
     let transfers = async {
         loop {
             engine.consensus().transfer_leadership(PATIENCE).await;
+            // It comes to nothing at once while there is nobody to hand over to.
+            tokio::time::sleep(PAUSE).await;
         }
     };
     let _ = tokio::time::timeout(PATIENCE, async {
@@ -165,9 +170,7 @@ fn refusal(engine: &Engine, code: ErrorCode, outcome: Outcome) -> EngineError {
     let node = engine.consensus().node_id();
     match (code, outcome) {
         (ErrorCode::NotLeader, Outcome::NotApplied) => engine.not_leader(),
-        (ErrorCode::Unavailable, Outcome::NotApplied) => {
-            EngineError::Unavailable { node, reason: MESSAGE.to_owned() }
-        }
+        (ErrorCode::Unavailable, Outcome::NotApplied) => EngineError::Unavailable { node, reason: MESSAGE.to_owned() },
         (ErrorCode::LeadershipLost, Outcome::Unknown) => EngineError::LeadershipLost,
         _ => EngineError::Rejected { code, message: MESSAGE.to_owned(), outcome, revision: None },
     }

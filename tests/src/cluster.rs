@@ -10,8 +10,8 @@ use tempfile::TempDir;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::direct::DirectNode;
-use crate::network::{End, PrivateNetwork};
 use crate::faulty::FaultPoints;
+use crate::network::{End, PrivateNetwork};
 use crate::process::{Process, bound_to_this_thread, built, d_engine};
 use crate::proxy::Proxy;
 use crate::{http, wait};

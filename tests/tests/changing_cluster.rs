@@ -108,7 +108,12 @@ impl Load {
         let ours = state.into_iter().filter(|(key, _)| key.starts_with(b"load/"));
         let versions: BTreeMap<Bytes, u64> = ours.map(|(key, held)| (key, held.version)).collect();
         let tally = once::judge(&all.puts, &truth, &versions).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
-        println!("{tally}; {} reads, {} failures, longest {:?}; {amount:?}", all.reads, all.failures.len(), all.longest);
+        println!(
+            "{tally}; {} reads, {} failures, longest {:?}; {amount:?}",
+            all.reads,
+            all.failures.len(),
+            all.longest
+        );
         Verdict { tally, watched: amount, reads: all.reads, failures: all.failures }
     }
 }
@@ -226,7 +231,8 @@ fn a_connection_that_goes_silent_is_noticed_and_calls_go_elsewhere() {
             let mut cluster = Cluster::prepare(Shape { network, ..Shape::default() }).await;
             cluster.start_all().await;
             let leader = cluster.reign().await.leader;
-            let build = |timeout| transport.client().endpoints(cluster.addresses()).call_timeout(timeout).build().unwrap();
+            let build =
+                |timeout| transport.client().endpoints(cluster.addresses()).call_timeout(timeout).build().unwrap();
             let load = Load::start(transport, &cluster.addresses(), TIMEOUT, seed).await;
             let client = build(TIMEOUT);
             client.put("key", "before").await.unwrap();
@@ -330,7 +336,8 @@ fn names_with_several_addresses_lead_to_the_cluster_also_when_they_change() {
             ]);
             cluster.start_all().await;
             let seeds = [format!("cluster.test:{PORT}")];
-            let client = transport.client().endpoints(seeds.clone()).call_timeout(wait::PATIENCE).connect().await.unwrap();
+            let client =
+                transport.client().endpoints(seeds.clone()).call_timeout(wait::PATIENCE).connect().await.unwrap();
             client.put("key", "here").await.unwrap();
             let mut events = client.watch("key").await.unwrap();
             let leader = cluster.leader(&[]).await;

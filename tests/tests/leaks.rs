@@ -33,6 +33,7 @@ const SERVER_GROWTH_MAX: u64 = 160 << 20;
 #[derive(Clone, Copy, Debug)]
 struct Holding {
     resident_bytes: u64,
+    /// Sockets and the like; the files of a database come and go.
     descriptors: usize,
 }
 
@@ -41,7 +42,9 @@ impl Holding {
         let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         let kilobytes: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
-        let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().count();
+        let open = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap().filter_map(Result::ok);
+        let links = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let descriptors = links.filter(|link| !link.starts_with("/")).count();
         Self { resident_bytes: kilobytes << 10, descriptors }
     }
 }
@@ -117,7 +120,8 @@ async fn nothing_is_left_of_very_many_operations() {
         let (own, tasks) = (std::process::id(), || Handle::current().metrics().num_alive_tasks());
         let tasks_before = tasks();
         let descriptors_before = Holding::of(own).descriptors;
-        let client = transport.client().endpoints(cluster.addresses()).call_timeout(wait::PATIENCE).connect().await.unwrap();
+        let client =
+            transport.client().endpoints(cluster.addresses()).call_timeout(wait::PATIENCE).connect().await.unwrap();
         let ends = Arc::new(Ends::default());
         work(&client, operations / WARM_UP, seed, &ends).await;
         settled(&client).await;
