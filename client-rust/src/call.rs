@@ -189,9 +189,8 @@ impl Shared {
             let (target, another) = match self.choose_target(plan.route, &tried, until).await {
                 Ok(chosen) => chosen,
                 Err(Unchosen::Ended(ended)) => {
-                    return Err(ended.error(R::OPERATION, || {
-                        self.spent(R::OPERATION, timeout, retries, last, plan.route, resend)
-                    }));
+                    return Err(ended
+                        .error(R::OPERATION, || self.spent(R::OPERATION, timeout, retries, last, plan.route, resend)));
                 }
                 Err(Unchosen::Foreign(message)) => {
                     return Err(Error::new(R::OPERATION, ErrorKind::WrongCluster, Outcome::NotApplied, message));
@@ -545,13 +544,7 @@ impl Shared {
         Error::new(operation, ErrorKind::Unavailable, Outcome::NotApplied, message)
     }
 
-    fn note_refusal(
-        &self,
-        address: &Address,
-        status: &DetailedStatus,
-        state: &mut State,
-        now: Instant,
-    ) -> bool {
+    fn note_refusal(&self, address: &Address, status: &DetailedStatus, state: &mut State, now: Instant) -> bool {
         match status.code() {
             Some(ErrorCode::NotLeader) => {
                 self.counters.redirects.add();

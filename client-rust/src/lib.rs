@@ -22,8 +22,14 @@
 //! From top to bottom: a request (`read`, `write`, `range`, `txn`, `lease`, `maintenance`, `cluster`) becomes a protocol
 //! message and a plan; `namespace` maps its keys on the way in and those of the answer on the way out; `call` makes
 //! attempts until one succeeds, `retry` says that it must not go on, or the deadline passes; `session` gives a write the
-//! number under which it is applied once; `topology` picks the node of each attempt; `connection` has the channels over
-//! what `transport` connects, with `tls` or without, and `gate` proves what was not sent. Beside them, `keeper` keeps a lease alive, by the `clock` that counts suspended time.
+//! number under which it is applied once; `topology` picks the node of each attempt; `connection` has the channels over what
+//! `transport` connects, with `tls` or without, and
+//! `pipeline` carries the calls of one connection over one stream, many to a message; where a node has none, each is a
+//! call of its own, and `gate` proves what was not sent. Beside them, `keeper` keeps a lease alive, by the `clock` that
+//! counts suspended time.
+//!
+//! A call lasts `until` its deadline, and waits within it for `room`: calls in flight and their bytes are bounded. What
+//! runs in the background is in `tasks`, and ends with the client.
 //!
 //! A `watch` goes on by itself wherever it breaks, over the streams of `watch_link`; `snapshot_watch` puts a list before
 //! it, and `cache` keeps what both give. A `lock` and an `election` are a place in a `lock_queue`: a key under a lease

@@ -38,7 +38,6 @@ use crate::topology::Address;
 const METHOD: &str = "/d_engine.v1.Pipeline/Exchange";
 /// What an operation takes in a message besides its request: id, remaining time, trace context, tags and lengths.
 const OPERATION_BYTES: usize = 160;
-const BATCH_BYTES_MAX: usize = limits::PIPELINE_BATCH_BYTES_MAX as usize;
 /// Deadlines that pass are looked for no more often.
 const SWEEP_GAP: Duration = Duration::from_millis(1);
 
@@ -155,7 +154,8 @@ impl Link {
             (id, first, state.sender.take())
         };
         if first {
-            let carrier = Carrier { shared: Arc::clone(shared), address: address.clone(), connection: connection.clone() };
+            let carrier =
+                Carrier { shared: Arc::clone(shared), address: address.clone(), connection: connection.clone() };
             shared.tasks.spawn(carrier.run());
         }
         if let Some(sender) = sender {
@@ -309,7 +309,8 @@ impl LinkState {
     /// Takes out what is out of time, each with whether it was sent. True beside if an answer is overdue.
     fn sweep(&mut self, now: Instant) -> (Vec<(Pending, bool)>, bool) {
         let is_late = |pending: &Pending| pending.deadline <= now;
-        let queued: Vec<_> = self.queue.iter().filter(|(_, queued)| is_late(&queued.pending)).map(|(id, _)| *id).collect();
+        let queued: Vec<_> =
+            self.queue.iter().filter(|(_, queued)| is_late(&queued.pending)).map(|(id, _)| *id).collect();
         let sent: Vec<_> = self.flight.iter().filter(|(_, pending)| is_late(pending)).map(|(id, _)| *id).collect();
         let queued = queued.into_iter().filter_map(|id| Some((self.queue.remove(&id)?.pending, false)));
         let mut late: Vec<_> = queued.collect();
@@ -336,7 +337,9 @@ impl LinkState {
             bytes += OPERATION_BYTES;
         }
         while let Some(first) = self.queue.first_entry() {
-            if bytes > 0 && bytes + first.get().submission.bytes + OPERATION_BYTES > BATCH_BYTES_MAX {
+            if bytes > 0
+                && (bytes + first.get().submission.bytes + OPERATION_BYTES) as u64 > limits::PIPELINE_BATCH_BYTES_MAX
+            {
                 break;
             }
             let (id, Queued { submission, pending }) = first.remove_entry();

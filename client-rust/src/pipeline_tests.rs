@@ -3,8 +3,11 @@ use super::*;
 fn queued(bytes: usize, deadline: Instant) -> (Queued, oneshot::Receiver<Word>) {
     let (slot, word) = oneshot::channel();
     let pending = Pending { slot, begun: deadline - Duration::from_millis(10), deadline, cancelled: false };
-    let submission =
-        Submission { request: operation::Request::Put(v1::PutRequest::default()), bytes: bytes - OPERATION_BYTES, trace: None };
+    let submission = Submission {
+        request: operation::Request::Put(v1::PutRequest::default()),
+        bytes: bytes - OPERATION_BYTES,
+        trace: None,
+    };
     (Queued { submission, pending }, word)
 }
 
@@ -16,8 +19,9 @@ fn ids(batch: Option<v1::OperationBatch>) -> Vec<u64> {
 fn a_message_takes_what_waits_up_to_its_bytes_and_a_larger_operation_alone() {
     let now = Instant::now();
     let mut state = LinkState::default();
-    let half = BATCH_BYTES_MAX / 2;
-    for (id, bytes) in [(1, half), (2, half), (3, 1), (4, BATCH_BYTES_MAX + 1), (5, 1), (6, 1)] {
+    let max = usize::try_from(limits::PIPELINE_BATCH_BYTES_MAX).unwrap();
+    let half = max / 2;
+    for (id, bytes) in [(1, half), (2, half), (3, 1), (4, max + 1), (5, 1), (6, 1)] {
         state.queue.insert(id, queued(bytes, now).0);
     }
     assert_eq!(ids(state.take(now)), [1, 2]);

@@ -33,7 +33,13 @@ pub(crate) struct Place<'a> {
 impl Room {
     pub(crate) fn new(calls_max: u32, bytes_max: u32) -> Self {
         let permits = |max: u32| Semaphore::new(usize::try_from(max).unwrap_or(Semaphore::MAX_PERMITS));
-        Self { calls: permits(calls_max), calls_max, bytes: permits(bytes_max), bytes_max, shut: AtomicBool::new(false) }
+        Self {
+            calls: permits(calls_max),
+            calls_max,
+            bytes: permits(bytes_max),
+            bytes_max,
+            shut: AtomicBool::new(false),
+        }
     }
 
     /// Lets no further call in; those that wait for room get none.
@@ -49,7 +55,8 @@ impl Room {
         let all = tokio::time::timeout(patience, self.calls.acquire_many(self.calls_max)).await;
         self.shut();
         // Also when somebody else did this at the same time: whoever comes second finds the room closed.
-        matches!(all, Ok(Ok(_))) || self.calls.available_permits() == usize::try_from(self.calls_max).unwrap_or_default()
+        matches!(all, Ok(Ok(_)))
+            || self.calls.available_permits() == usize::try_from(self.calls_max).unwrap_or_default()
     }
 }
 
@@ -86,7 +93,8 @@ impl Shared {
         if room.shut.load(Ordering::Acquire) {
             return Err(Error::closed(operation));
         }
-        let calls_full = || format!("calls_in_flight_max: {} calls are in flight, and none ended in time", room.calls_max);
+        let calls_full =
+            || format!("calls_in_flight_max: {} calls are in flight, and none ended in time", room.calls_max);
         let call = take(self, &room.calls, 1, until, operation, calls_full).await?;
         // A request larger than all of the room has it alone.
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(room.bytes_max);

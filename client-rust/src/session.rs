@@ -207,7 +207,8 @@ impl Shared {
                 Entry::Full => {
                     let late = || {
                         let window = limits::SESSION_WINDOW_CALLS;
-                        let message = format!("session_window_calls: {window} calls are in flight, and none ended in time");
+                        let message =
+                            format!("session_window_calls: {window} calls are in flight, and none ended in time");
                         Error::new(operation, ErrorKind::ResourceExhausted, Outcome::NotApplied, message)
                     };
                     self.wait(until, room).await.map_err(|ended| ended.error(operation, late))?;

@@ -133,7 +133,10 @@ mod tests {
         for line in file.lines() {
             let mut words = line.split_whitespace();
             let Some(request) = words.next().and_then(|message| message.strip_suffix("Request")) else { continue };
-            assert!(source.contains(&format!(": {request} {request}Request => {request}Response")), "{request} is missing");
+            assert!(
+                source.contains(&format!(": {request} {request}Request => {request}Response")),
+                "{request} is missing"
+            );
             operations += 1;
         }
         assert_eq!(operations, source.lines().filter(|line| line.contains("\", \"/d_engine.v1.")).count());

@@ -5,10 +5,10 @@
 //!
 //! | point | is reached |
 //! | --- | --- |
-//! | [`RECEIVED`] | by a unary call whose head has come |
+//! | [`RECEIVED`] | by a unary call whose head has come, or by an operation of a pipeline |
 //! | [`BEFORE_PROPOSE`] | by a write that has passed every check |
 //! | [`AFTER_COMMIT`] | by a write that was applied, before its caller is told |
-//! | [`BEFORE_REPLY`] | by a unary call whose answer exists, before any of it is sent |
+//! | [`BEFORE_REPLY`] | by either when its answer exists, before any of it is sent |
 //!
 //! A point is armed for one operation, by the name of its method: `before-propose/Put`. What it does then is a text, see
 //! [`Action`]. The points are passed in async code and hold up nothing but the call that reached them.
@@ -97,6 +97,11 @@ impl FromStr for Action {
 pub fn prepare(engine: Engine, told: fn(&str)) {
     // A second node in the process has no points.
     let _ = PREPARED.set(Prepared { engine, told });
+}
+
+/// Whether this process has points.
+pub(crate) fn is_prepared() -> bool {
+    PREPARED.get().is_some()
 }
 
 /// Has the next `times` calls that reach `point` (such as `before-reply/Get`) meet with `action`; 0 disarms it.

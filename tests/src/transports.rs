@@ -5,18 +5,18 @@ use d_engine_client::{Client, ClientBuilder};
 /// One of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
+    /// Many operations on one stream.
+    Pipeline,
     /// A call of its own for every operation.
     Unary,
 }
 
 impl Transport {
     /// All there are.
-    pub const ALL: [Self; 1] = [Self::Unary];
+    pub const ALL: [Self; 2] = [Self::Pipeline, Self::Unary];
 
     /// Begins to build a client that talks this way.
     pub fn client(self) -> ClientBuilder {
-        match self {
-            Self::Unary => Client::builder(),
-        }
+        Client::builder().pipelined(self == Self::Pipeline)
     }
 }

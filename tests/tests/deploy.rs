@@ -44,11 +44,9 @@ fn every_flag_of_the_server_exists() {
     let help = Command::new(d_engine()).args(["server", "--help"]).output().expect("d-engine runs");
     let help = String::from_utf8(help.stdout).unwrap();
     let letter = |c: char| c.is_ascii_lowercase() || c == '-';
-    for file in [
-        "deploy/container/Containerfile",
-        "deploy/systemd/d-engine.service",
-        "deploy/kubernetes/statefulset.yaml",
-    ] {
+    for file in
+        ["deploy/container/Containerfile", "deploy/systemd/d-engine.service", "deploy/kubernetes/statefulset.yaml"]
+    {
         let text = read(file);
         let line = text.find("server").map_or("", |at| &text[at..]);
         let command = line.split("\n\n").next().and_then(|text| text.split("env:").next()).unwrap_or_default();

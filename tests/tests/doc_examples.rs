@@ -18,7 +18,8 @@ async fn every_example_of_the_documentation_runs() {
     let output = tokio::task::spawn_blocking(move || cargo.output()).await.unwrap().expect("cargo runs");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    let examples = text.lines().filter(|line| line.starts_with("test client-rust/") && line.ends_with("... ok")).count();
+    let examples =
+        text.lines().filter(|line| line.starts_with("test client-rust/") && line.ends_with("... ok")).count();
     assert!(examples > 25, "only {examples} examples of the client ran:\n{text}");
     assert!(!text.contains("... ignored") && !text.contains("- compile"), "an example does not run:\n{text}");
 }

@@ -34,8 +34,11 @@ pub(crate) enum Manner {
 
 /// A node that carries operations out.
 pub(crate) trait Operate: Clone + Send + Sync + 'static {
-    fn operate(&self, operation: operation::Request, timeout: Duration)
-    -> impl Future<Output = Result<answer::Reply, Status>> + Send;
+    fn operate(
+        &self,
+        operation: operation::Request,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<answer::Reply, Status>> + Send;
 
     fn manner(&self) -> Manner {
         Manner::Serve
@@ -126,6 +129,8 @@ async fn serve<S: Operate>(
             },
             Some(first) = work.join_next() => done.extend(first.ok()),
             () = sender.closed() => return,
+            // A deaf node looks now and then whether it still is.
+            () = tokio::time::sleep(Duration::from_millis(5)), if service.manner() == Manner::Deaf => {}
         }
         while let Some(next) = work.try_join_next() {
             done.extend(next.ok());
@@ -143,7 +148,8 @@ async fn serve<S: Operate>(
                         answer::Reply::Error(v1::OperationError { detail: Some(detail), message })
                     }
                     None if status.code() == tonic::Code::Unimplemented => {
-                        let DetailedStatus { message, detail } = refusal(ErrorCode::Unsupported, v1::Outcome::NotApplied);
+                        let DetailedStatus { message, detail } =
+                            refusal(ErrorCode::Unsupported, v1::Outcome::NotApplied);
                         answer::Reply::Error(v1::OperationError { detail: Some(detail), message })
                     }
                     // What no d-engine server says of an operation breaks the stream.
@@ -159,7 +165,11 @@ async fn serve<S: Operate>(
                 return drop(sender.send(Err(Status::unavailable("cut off"))).await);
             }
             Manner::Stutter => {
-                let again: Vec<_> = answers.iter().cloned().chain(answers.first().map(|answer| v1::Answer { id: u64::MAX, ..answer.clone() })).collect();
+                let again: Vec<_> = answers
+                    .iter()
+                    .cloned()
+                    .chain(answers.first().map(|answer| v1::Answer { id: u64::MAX, ..answer.clone() }))
+                    .collect();
                 answers.extend(again);
             }
             _ => {}

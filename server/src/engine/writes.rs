@@ -106,10 +106,11 @@ impl Engine {
         self.settle_now(deadline).await?;
         #[cfg(feature = "fault-points")]
         crate::faults::reached(crate::faults::BEFORE_PROPOSE, operation).await?;
-        let answer = match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded).instrument(span)).await {
-            Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
-            Err(_) => return Err(uncommitted()),
-        };
+        let answer =
+            match tokio::time::timeout_at(deadline, self.inner.consensus.propose(encoded).instrument(span)).await {
+                Ok(answer) => answer.map_err(|error| self.explain_propose(error))?,
+                Err(_) => return Err(uncommitted()),
+            };
         #[cfg(feature = "fault-points")]
         crate::faults::reached(crate::faults::AFTER_COMMIT, operation).await?;
         self.read_reply(answer)

@@ -41,10 +41,17 @@ pub(super) enum Other {
     Compact(v1::CompactRequest),
     Members,
     Status,
+    /// An operation on keys that passes the fault points.
+    #[cfg(feature = "fault-points")]
+    Armed(&'static str, Box<Request>),
 }
 
 /// The work that a request asks for, and the name of the unary method that does the same.
 pub(super) fn sort(request: Request) -> (&'static str, Work) {
+    #[cfg(feature = "fault-points")]
+    if let Some(operation) = armed::operation(&request) {
+        return ("armed", Work::Other(Other::Armed(operation, Box::new(request))));
+    }
     match request {
         Request::Cancel(_) => ("", Work::Cancel),
         Request::Put(request) => ("Kv/Put", Work::Write(Change::Put(request))),
@@ -167,6 +174,8 @@ impl Other {
                 }
                 Self::LeaseList(request) => Reply::LeaseList(engine.leases(request, deadline).await?),
                 Self::Compact(request) => Reply::Compact(engine.compact(request, deadline).await?),
+                #[cfg(feature = "fault-points")]
+                Self::Armed(operation, request) => armed::run(&engine, operation, *request, deadline).await?,
                 Self::Members => Reply::Members(engine.members()),
                 Self::Status => Reply::Status(status(engine, deadline).await?),
             })
@@ -181,5 +190,55 @@ async fn status(engine: Engine, deadline: Deadline) -> Result<v1::StatusResponse
         Ok(Ok(response)) => Ok(response),
         Ok(Err(_)) => Err(engine.unavailable("it is stopping")),
         Err(_) => Err(late("the size of the data directories")),
+    }
+}
+
+/// With the fault points of `faults` prepared, each operation on keys is a call of its own, as a unary one is.
+#[cfg(feature = "fault-points")]
+mod armed {
+    use super::{Deadline, Engine, EngineError, Reply, Request};
+    use crate::faults::{BEFORE_REPLY, RECEIVED, is_prepared, reached};
+
+    /// The operation that a request is, if it passes fault points.
+    pub(super) fn operation(request: &Request) -> Option<&'static str> {
+        is_prepared().then_some(match request {
+            Request::Put(_) => "Put",
+            Request::Get(_) => "Get",
+            Request::GetMany(_) => "GetMany",
+            Request::Range(_) => "Range",
+            Request::Delete(_) => "Delete",
+            Request::DeleteRange(_) => "DeleteRange",
+            Request::CompareAndSwap(_) => "CompareAndSwap",
+            Request::Txn(_) => "Txn",
+            _ => return None,
+        })
+    }
+
+    pub(super) async fn run(
+        engine: &Engine,
+        operation: &str,
+        request: Request,
+        deadline: Deadline,
+    ) -> Result<Reply, EngineError> {
+        reached(RECEIVED, operation).await?;
+        let result = answer(engine, request, deadline).await;
+        reached(BEFORE_REPLY, operation).await?;
+        result
+    }
+
+    async fn answer(engine: &Engine, request: Request, deadline: Deadline) -> Result<Reply, EngineError> {
+        Ok(match request {
+            Request::Put(request) => Reply::Put(engine.put(request, deadline).await?),
+            Request::Get(request) => Reply::Get(engine.get(request, deadline).await?),
+            Request::GetMany(request) => Reply::GetMany(engine.get_many(request, deadline).await?),
+            Request::Range(request) => Reply::Range(engine.range(request, deadline).await?),
+            Request::Delete(request) => Reply::Delete(engine.delete(request, deadline).await?),
+            Request::DeleteRange(request) => Reply::DeleteRange(engine.delete_range(request, deadline).await?),
+            Request::CompareAndSwap(request) => {
+                Reply::CompareAndSwap(engine.compare_and_swap(request, deadline).await?)
+            }
+            Request::Txn(request) => Reply::Txn(engine.txn(request, deadline).await?),
+            _ => return Err(EngineError::Stopped),
+        })
     }
 }

@@ -2,15 +2,15 @@
 
 use std::collections::HashMap;
 
-use futures_util::future::AbortHandle;
 use d_engine_proto::v1;
+use futures_util::future::AbortHandle;
 use tracing::Span;
 
 use super::operation::{Other, Query};
 use crate::consensus::Ticket;
 use crate::engine::Deadline;
-use crate::trace;
 use crate::limits::{PIPELINE_BYTES_MAX, PIPELINE_OPERATIONS_MAX, PIPELINE_RETURNING_MAX};
+use crate::trace;
 
 /// A table that was once full keeps memory for no more than so many operations when it is nearly empty.
 const KEPT: usize = 256;
@@ -22,20 +22,20 @@ pub(crate) struct Origin {
     /// When it began.
     pub(crate) began: Deadline,
     pub(crate) call: Span,
-    /// Of what it proposes.
-    propose: Span,
+    /// Of what it proposes: it ends with the operation.
+    _propose: Span,
 }
 
 impl Origin {
     pub(super) fn new(method: &'static str, began: Deadline, parent: Option<&v1::TraceContext>) -> Self {
-        Self { method, began, call: trace::call(method, parent), propose: Span::none() }
+        Self { method, began, call: trace::call(method, parent), _propose: Span::none() }
     }
 
     /// Begins to propose, and tells the span of it, if somebody records that.
     pub(super) fn proposing(self) -> (Self, Option<v1::TraceContext>) {
         let propose = self.call.in_scope(trace::propose);
         let context = trace::context(&propose);
-        (Self { propose, ..self }, context)
+        (Self { _propose: propose, ..self }, context)
     }
 }
 
@@ -168,7 +168,8 @@ mod tests {
 
     fn flight(deadline: Deadline) -> Flight {
         let stage = Stage::Write;
-        Flight { serial: 0, deadline, began: deadline, method: "", bytes: 10, returns_values: true, stage }
+        let origin = Origin::new("", deadline, None);
+        Flight { serial: 0, deadline, origin, bytes: 10, returns_values: true, stage }
     }
 
     #[test]
