@@ -259,7 +259,7 @@ async fn connection(client: TcpStream, node: SocketAddr, mode: watch::Sender<Mod
             Ok(End::HalfOpen) => {
                 drop(from_server);
                 ends.to_server.lock().await.take();
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
             Ok(End::Reset) => {
                 for end in [ends.to_client.into_inner(), ends.to_server.into_inner()].into_iter().flatten() {
