@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use d_engine_proto::{DetailedStatus, ErrorCode, limits, v1};
+use futures_util::FutureExt;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
@@ -297,7 +298,8 @@ impl Shared {
         }
     }
 
-    /// Sends a request to one node, once, by the pipeline of the connection if both sides have one.
+    /// Sends a request to one node, once, by the pipeline of the connection if both sides have one. The rare way is boxed,
+    /// so that the usual call is small.
     pub(crate) async fn attempt<R: Unary>(
         self: &Arc<Self>,
         target: Target<'_>,
@@ -305,12 +307,12 @@ impl Shared {
         until: &Until<'_>,
     ) -> Result<R::Reply, Failure> {
         if !self.options.pipelined {
-            return self.attempt_unary(target, request.clone(), until).await;
+            return self.attempt_unary(target, request.clone(), until).boxed().await;
         }
         let started = Instant::now();
         let mut waiting = match self.submit(&target.address, request, until, started).await? {
             Some(waiting) => waiting,
-            None => return self.attempt_unary(target, request.clone(), until).await,
+            None => return self.attempt_unary(target, request.clone(), until).boxed().await,
         };
         let word = tokio::select! {
             biased;
@@ -332,7 +334,7 @@ impl Shared {
                 target.answered(R::header(&reply), started.elapsed()).map(|()| reply)
             }
             Word::Failed(failure) => Err(failure),
-            Word::Unary => self.attempt_unary(target, request.clone(), until).await,
+            Word::Unary => self.attempt_unary(target, request.clone(), until).boxed().await,
         }
     }
 
