@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use d_engine_proto::{DetailedStatus, ErrorCode, TRACEPARENT, limits, v1};
+use futures_util::FutureExt;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::client::Grpc;
@@ -352,7 +353,7 @@ impl Shared {
     }
 
     /// Sends a request to one node, once, as a part of the span `trace`, by the pipeline of the connection if both sides
-    /// have one.
+    /// have one. The rare way is boxed, so that the usual call is small.
     pub(crate) async fn attempt<R: Unary>(
         self: &Arc<Self>,
         target: Target<'_>,
@@ -361,12 +362,12 @@ impl Shared {
         trace: Option<v1::TraceContext>,
     ) -> Result<R::Reply, Failure> {
         if !self.options.pipelined {
-            return self.attempt_unary(target, request.clone(), until, trace).await;
+            return self.attempt_unary(target, request.clone(), until, trace).boxed().await;
         }
         let started = Instant::now();
         let mut waiting = match self.submit(&target.address, request, until, started, trace.clone()).await? {
             Some(waiting) => waiting,
-            None => return self.attempt_unary(target, request.clone(), until, trace).await,
+            None => return self.attempt_unary(target, request.clone(), until, trace).boxed().await,
         };
         let word = tokio::select! {
             biased;
@@ -388,7 +389,7 @@ impl Shared {
                 target.answered(R::header(&reply), started.elapsed()).map(|()| reply)
             }
             Word::Failed(failure) => Err(failure),
-            Word::Unary => self.attempt_unary(target, request.clone(), until, trace).await,
+            Word::Unary => self.attempt_unary(target, request.clone(), until, trace).boxed().await,
         }
     }
 

@@ -255,7 +255,7 @@ async fn connection(client: TcpStream, node: SocketAddr, mode: watch::Sender<Mod
         match ended {
             Ok(End::Over) | Err(_) => {}
             // The ends are still open here, and stay so until the connection is cut.
-            Ok(End::Silent) => std::future::pending().await,
+            Ok(End::Silent) => std::future::pending::<()>().await,
             Ok(End::HalfOpen) => {
                 drop(from_server);
                 ends.to_server.lock().await.take();

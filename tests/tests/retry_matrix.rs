@@ -81,7 +81,11 @@ impl Course {
 
 impl fmt::Display for Course {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let applied = ["never", "once"].get(self.applied as usize).copied().unwrap_or("TWICE");
+        let applied = match self.applied {
+            0 => "never",
+            1 => "once",
+            _ => "TWICE",
+        };
         write!(f, "{} {} {applied}", self.seen, self.attempts)
     }
 }
