@@ -407,7 +407,7 @@ impl Shared {
         for _ in 0..2 {
             let connection = self.connection(address, until, started).await?;
             let operation = request.clone().into_operation();
-            let submission = Submission { request: operation, bytes, trace: trace.clone() };
+            let submission = Submission::new(operation, bytes, trace.clone());
             match Link::submit(self, address, &connection, submission, until.deadline) {
                 Ok(waiting) => return Ok(Some(waiting)),
                 Err(Barred::Unary) => return Ok(None),

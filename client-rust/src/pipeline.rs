@@ -102,10 +102,17 @@ enum Phase {
 #[derive(Debug)]
 pub(crate) struct Submission {
     pub(crate) request: operation::Request,
-    /// Of the encoded request.
+    /// What it takes in a message.
     pub(crate) bytes: usize,
     /// The span it belongs to.
     pub(crate) trace: Option<v1::TraceContext>,
+}
+
+impl Submission {
+    /// `bytes`: of the encoded request.
+    pub(crate) fn new(request: operation::Request, bytes: usize, trace: Option<v1::TraceContext>) -> Self {
+        Self { request, bytes: bytes + OPERATION_BYTES, trace }
+    }
 }
 
 #[derive(Debug)]
@@ -337,13 +344,11 @@ impl LinkState {
             bytes += OPERATION_BYTES;
         }
         while let Some(first) = self.queue.first_entry() {
-            if bytes > 0
-                && (bytes + first.get().submission.bytes + OPERATION_BYTES) as u64 > limits::PIPELINE_BATCH_BYTES_MAX
-            {
+            if bytes > 0 && (bytes + first.get().submission.bytes) as u64 > limits::PIPELINE_BATCH_BYTES_MAX {
                 break;
             }
             let (id, Queued { submission, pending }) = first.remove_entry();
-            bytes += submission.bytes + OPERATION_BYTES;
+            bytes += submission.bytes;
             let rest = pending.deadline.saturating_duration_since(now);
             // 0 would be the server's default.
             let timeout_us = u64::try_from(rest.as_micros()).unwrap_or(u64::MAX).max(1);

@@ -3,11 +3,7 @@ use super::*;
 fn queued(bytes: usize, deadline: Instant) -> (Queued, oneshot::Receiver<Word>) {
     let (slot, word) = oneshot::channel();
     let pending = Pending { slot, begun: deadline - Duration::from_millis(10), deadline, cancelled: false };
-    let submission = Submission {
-        request: operation::Request::Put(v1::PutRequest::default()),
-        bytes: bytes - OPERATION_BYTES,
-        trace: None,
-    };
+    let submission = Submission { request: operation::Request::Put(v1::PutRequest::default()), bytes, trace: None };
     (Queued { submission, pending }, word)
 }
 

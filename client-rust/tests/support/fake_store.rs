@@ -742,8 +742,13 @@ impl Lease for Service {
 }
 
 impl Operate for Service {
-    async fn operate(&self, operation: operation::Request, timeout: Duration) -> Result<answer::Reply, Status> {
-        operate_by_calls!(operation, self, timeout;
+    async fn operate(
+        &self,
+        operation: operation::Request,
+        timeout: Duration,
+        trace: Option<v1::TraceContext>,
+    ) -> Result<answer::Reply, Status> {
+        operate_by_calls!(operation, self, timeout, trace;
             Put: Kv::put, Range: Kv::range, Delete: Kv::delete, Txn: Kv::txn,
             LeaseGrant: Lease::grant, LeaseRevoke: Lease::revoke, Members: Cluster::members,
         )

@@ -303,8 +303,13 @@ impl Service {
 }
 
 impl Operate for Service {
-    async fn operate(&self, operation: operation::Request, timeout: Duration) -> Result<answer::Reply, Status> {
-        operate_by_calls!(operation, self, timeout;
+    async fn operate(
+        &self,
+        operation: operation::Request,
+        timeout: Duration,
+        trace: Option<v1::TraceContext>,
+    ) -> Result<answer::Reply, Status> {
+        operate_by_calls!(operation, self, timeout, trace;
             Put: Kv::put, Get: Kv::get, GetMany: Kv::get_many, Range: Kv::range, Delete: Kv::delete,
             DeleteRange: Kv::delete_range, CompareAndSwap: Kv::compare_and_swap, Txn: Kv::txn,
             LeaseGrant: Lease::grant, LeaseRevoke: Lease::revoke, LeaseRenew: Lease::renew,

@@ -38,6 +38,7 @@ pub(crate) trait Operate: Clone + Send + Sync + 'static {
         &self,
         operation: operation::Request,
         timeout: Duration,
+        trace: Option<v1::TraceContext>,
     ) -> impl Future<Output = Result<answer::Reply, Status>> + Send;
 
     fn manner(&self) -> Manner {
@@ -50,11 +51,14 @@ pub(crate) trait Operate: Clone + Send + Sync + 'static {
 
 /// Carries operations out by unary calls of the same name.
 macro_rules! operate_by_calls {
-    ($operation:expr, $service:expr, $timeout:expr; $($variant:ident: $trait:ident::$method:ident,)*) => {
+    ($operation:expr, $service:expr, $timeout:expr, $trace:expr; $($variant:ident: $trait:ident::$method:ident,)*) => {
         match $operation {
             $(operation::Request::$variant(message) => {
                 let mut request = Request::new(message);
                 request.set_timeout($timeout);
+                if let Some(header) = $trace.and_then(|trace| trace.to_traceparent()?.parse().ok()) {
+                    request.metadata_mut().insert(d_engine_proto::TRACEPARENT, header);
+                }
                 $trait::$method($service, request).await.map(|answer| answer::Reply::$variant(answer.into_inner()))
             })*
             other => Err(Status::unimplemented(format!("{other:?}"))),
@@ -107,7 +111,7 @@ async fn serve<S: Operate>(
             batch = batches.message(), if open && service.manner() != Manner::Deaf => match batch {
                 Ok(Some(batch)) => {
                     service.received(&batch);
-                    for v1::Operation { id, timeout_us, request, .. } in batch.operations {
+                    for v1::Operation { id, timeout_us, request, trace } in batch.operations {
                         match request {
                             Some(operation::Request::Cancel(_)) => {
                                 if let Some(task) = running.remove(&id) {
@@ -117,7 +121,7 @@ async fn serve<S: Operate>(
                             }
                             Some(request) => {
                                 let (service, timeout) = (service.clone(), Duration::from_micros(timeout_us));
-                                let task = work.spawn(async move { (id, service.operate(request, timeout).await) });
+                                let task = work.spawn(async move { (id, service.operate(request, timeout, trace).await) });
                                 assert!(running.insert(id, task).is_none(), "id {id} is in flight twice");
                             }
                             None => panic!("an operation without a request"),
