@@ -68,7 +68,7 @@ async fn nothing_is_proposed_for_a_caller_that_is_gone() {
 #[tokio::test]
 async fn what_finds_no_room_or_is_too_large_is_refused_and_the_rest_of_the_group_is_applied() {
     static LARGE: [u8; 500 << 10] = [0; 500 << 10];
-    static TOO_LARGE: [u8; crate::limits::REQUEST_BYTES_MAX + 1] = [0; crate::limits::REQUEST_BYTES_MAX + 1];
+    static TOO_LARGE: [u8; crate::limits::COMMAND_BYTES_MAX + 1] = [0; crate::limits::COMMAND_BYTES_MAX + 1];
     let cluster = Cluster::start(1).await;
     let leader = cluster.leader().await;
     let gathering = Gathering::default();
