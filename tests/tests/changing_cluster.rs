@@ -220,64 +220,70 @@ async fn while_all_nodes_are_down_calls_end_in_time_and_afterwards_everything_go
     }
 }
 
-/// Packets to and from the leader vanish without a word, first for the clients alone, then for everybody.
 #[test]
-fn a_connection_that_goes_silent_is_noticed_and_calls_go_elsewhere() {
-    network::inside("a_connection_that_goes_silent_is_noticed_and_calls_go_elsewhere", || async {
-        const TIMEOUT: Duration = Duration::from_secs(2);
-        let seed = seed();
-        for transport in Transport::ALL {
-            let network = Some(PrivateNetwork::lay(3));
-            let mut cluster = Cluster::prepare(Shape { network, ..Shape::default() }).await;
-            cluster.start_all().await;
-            let leader = cluster.reign().await.leader;
-            let build =
-                |timeout| transport.client().endpoints(cluster.addresses()).call_timeout(timeout).build().unwrap();
-            let load = Load::start(transport, &cluster.addresses(), TIMEOUT, seed).await;
-            let client = build(TIMEOUT);
-            client.put("key", "before").await.unwrap();
-            let mut watching = Vec::new();
-            for _ in 0..WATCHES {
-                let client = build(TIMEOUT);
-                let events = client.watch("key").await.unwrap();
-                watching.push((client, events));
-            }
-            cluster.network().unwrap().sever(End::Clients, End::Node(leader));
-            // It still leads, and no client can know more than that it does not answer.
-            let started = Instant::now();
-            let error = client.put("key", "silence").await.expect_err("the leader is out of reach");
-            assert!(started.elapsed() <= TIMEOUT + MARGIN, "{:?}", started.elapsed());
-            assert!(is_out_of_time(error.kind()), "{error}");
-            let read = client.get("key").consistency(Consistency::Linearizable).await.unwrap();
-            assert_ne!(read.header.node_id.get(), leader, "it cannot have answered");
-            // Without its followers it leads no more, and who does is found.
-            cluster.network().unwrap().isolate(End::Node(leader), true);
-            let patient = build(wait::PATIENCE);
-            let written = patient.put("key", "after").await.unwrap();
-            assert_ne!(written.header.node_id.get(), leader);
-            client.put("key", "again").await.unwrap();
-            // Whoever watched at the lost node watches elsewhere by now, and has missed nothing.
-            let mut resumed = 0;
-            for (client, mut events) in watching {
-                let mut values = Vec::new();
-                while values.last().is_none_or(|value| value != "again") {
-                    let update = tokio::time::timeout(wait::PATIENCE, events.next()).await.expect("the watch goes on");
-                    let update = update.unwrap().unwrap();
-                    values.extend(update.events.into_iter().filter_map(|event| match event {
-                        WatchEvent::Put { kv, .. } => Some(kv.value),
-                        WatchEvent::Delete { .. } => None,
-                    }));
-                }
-                let silenced = usize::from(values.len() == 3);
-                assert_eq!(values[silenced..], ["after", "again"], "{values:?}");
-                resumed += client.stats().watch_resumes;
-            }
-            assert!(resumed > 0, "nobody watched at the lost node, or nobody noticed");
-            cluster.network().unwrap().heal();
-            let verdict = load.finish(seed).await;
-            assert!(verdict.tally.acknowledged > 0);
+fn a_pipeline_that_goes_silent_is_noticed_and_calls_go_elsewhere() {
+    let test = "a_pipeline_that_goes_silent_is_noticed_and_calls_go_elsewhere";
+    network::inside(test, || silence(Transport::Pipeline));
+}
+
+#[test]
+fn a_connection_of_unary_calls_that_goes_silent_is_noticed_and_calls_go_elsewhere() {
+    let test = "a_connection_of_unary_calls_that_goes_silent_is_noticed_and_calls_go_elsewhere";
+    network::inside(test, || silence(Transport::Unary));
+}
+
+/// Packets to and from the leader vanish without a word, first for the clients alone, then for everybody.
+async fn silence(transport: Transport) {
+    const TIMEOUT: Duration = Duration::from_secs(2);
+    let seed = seed();
+    let network = Some(PrivateNetwork::lay(3));
+    let mut cluster = Cluster::prepare(Shape { network, ..Shape::default() }).await;
+    cluster.start_all().await;
+    let leader = cluster.reign().await.leader;
+    let build = |timeout| transport.client().endpoints(cluster.addresses()).call_timeout(timeout).build().unwrap();
+    let load = Load::start(transport, &cluster.addresses(), TIMEOUT, seed).await;
+    let client = build(TIMEOUT);
+    client.put("key", "before").await.unwrap();
+    let mut watching = Vec::new();
+    for _ in 0..WATCHES {
+        let client = build(TIMEOUT);
+        let events = client.watch("key").await.unwrap();
+        watching.push((client, events));
+    }
+    cluster.network().unwrap().sever(End::Clients, End::Node(leader));
+    // It still leads, and no client can know more than that it does not answer.
+    let started = Instant::now();
+    let error = client.put("key", "silence").await.expect_err("the leader is out of reach");
+    assert!(started.elapsed() <= TIMEOUT + MARGIN, "{:?}", started.elapsed());
+    assert!(is_out_of_time(error.kind()), "{error}");
+    let read = client.get("key").consistency(Consistency::Linearizable).await.unwrap();
+    assert_ne!(read.header.node_id.get(), leader, "it cannot have answered");
+    // Without its followers it leads no more, and who does is found.
+    cluster.network().unwrap().isolate(End::Node(leader), true);
+    let patient = build(wait::PATIENCE);
+    let written = patient.put("key", "after").await.unwrap();
+    assert_ne!(written.header.node_id.get(), leader);
+    client.put("key", "again").await.unwrap();
+    // Whoever watched at the lost node watches elsewhere by now, and has missed nothing.
+    let mut resumed = 0;
+    for (client, mut events) in watching {
+        let mut values = Vec::new();
+        while values.last().is_none_or(|value| value != "again") {
+            let update = tokio::time::timeout(wait::PATIENCE, events.next()).await.expect("the watch goes on");
+            let update = update.unwrap().unwrap();
+            values.extend(update.events.into_iter().filter_map(|event| match event {
+                WatchEvent::Put { kv, .. } => Some(kv.value),
+                WatchEvent::Delete { .. } => None,
+            }));
         }
-    });
+        let silenced = usize::from(values.len() == 3);
+        assert_eq!(values[silenced..], ["after", "again"], "{values:?}");
+        resumed += client.stats().watch_resumes;
+    }
+    assert!(resumed > 0, "nobody watched at the lost node, or nobody noticed");
+    cluster.network().unwrap().heal();
+    let verdict = load.finish(seed).await;
+    assert!(verdict.tally.acknowledged > 0);
 }
 
 /// A file that stands for `/etc/hosts` in the mounts of this process, which are its own.

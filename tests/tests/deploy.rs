@@ -48,7 +48,8 @@ fn every_flag_of_the_server_exists() {
         ["deploy/container/Containerfile", "deploy/systemd/d-engine.service", "deploy/kubernetes/statefulset.yaml"]
     {
         let text = read(file);
-        let line = text.find("server").map_or("", |at| &text[at..]);
+        let begin = text.find("d-engine server").or_else(|| text.find("CMD [\"server\""));
+        let line = begin.map_or("", |at| &text[at..]);
         let command = line.split("\n\n").next().and_then(|text| text.split("env:").next()).unwrap_or_default();
         let flags: Vec<&str> = words(command, "--", letter).into_iter().collect();
         assert!(!flags.is_empty(), "{file} starts no server");
