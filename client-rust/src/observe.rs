@@ -38,7 +38,7 @@ const PACKAGE: &str = "d_engine.v1.";
 /// impl Observer for Failures {
 ///     fn attempt_ended(&self, call: &Call, attempt: &Attempt<'_>) {
 ///         if let End::Failed { kind, .. } = attempt.end {
-///             println!("{} at {}: {kind} after {:?}", call.operation, attempt.address, attempt.elapsed);
+///             println!("{} at {}: {} after {:?}", call.operation, attempt.address, kind.name(), attempt.elapsed);
 ///         }
 ///     }
 /// }
