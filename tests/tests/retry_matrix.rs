@@ -246,6 +246,12 @@ impl Matrix {
             Place::Port => {
                 proxy.refuse().await;
                 proxy.cut();
+                // Else the call could go out on the connection that ends, and nobody could say that it did not arrive.
+                let address = proxy.address().to_string();
+                wait::until("the client to notice", wait::PATIENCE, || async {
+                    client.status(&address).await.is_err().then_some(())
+                })
+                .await;
             }
             Place::Point(_) => {}
         }
