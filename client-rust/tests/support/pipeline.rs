@@ -94,6 +94,13 @@ fn refusal(code: ErrorCode, outcome: v1::Outcome) -> DetailedStatus {
     DetailedStatus { message: code.meaning().to_owned(), detail }
 }
 
+/// Ends when the node hears again.
+async fn deafness<S: Operate>(service: &S) {
+    while service.manner() == Manner::Deaf {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 type Done = (u64, Result<answer::Reply, Status>);
 
 /// One stream, until the client has ended its half and all is answered.
@@ -133,8 +140,7 @@ async fn serve<S: Operate>(
             },
             Some(first) = work.join_next() => done.extend(first.ok()),
             () = sender.closed() => return,
-            // A deaf node looks now and then whether it still is.
-            () = tokio::time::sleep(Duration::from_millis(5)), if service.manner() == Manner::Deaf => {}
+            () = deafness(&service), if service.manner() == Manner::Deaf => {}
         }
         while let Some(next) = work.try_join_next() {
             done.extend(next.ok());
