@@ -21,5 +21,5 @@ async fn every_example_of_the_documentation_runs() {
     let examples =
         text.lines().filter(|line| line.starts_with("test client-rust/") && line.ends_with("... ok")).count();
     assert!(examples > 25, "only {examples} examples of the client ran:\n{text}");
-    assert!(!text.contains("... ignored") && !text.contains("- compile"), "an example does not run:\n{text}");
+    assert!(!text.contains("... ignored"), "an example is not even compiled:\n{text}");
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use d_engine_client::{Client, KeyRange, Outcome};
+use d_engine_client::{Client, Consistency, KeyRange, Outcome};
 use d_engine_proto::{DetailedStatus, ErrorCode, limits, v1};
 use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::direct::DirectNode;
@@ -78,8 +78,8 @@ async fn a_put_whose_answer_is_lost_is_answered_with_a_session_and_in_doubt_with
         client.put(key, "first").await.unwrap();
         for round in 2..8 {
             let value = format!("{key} {round}");
-            // There is a connection when answers begin to be lost: one that is made counts once its server has spoken.
-            client.get(key).await.unwrap();
+            // There is a connection to the leader when answers begin to be lost: one that is made counts once its server has spoken.
+            client.get(key).consistency(Consistency::Lease).await.unwrap();
             lose_answers(&cluster);
             let put = tokio::spawn(client.put(key, &value).into_future());
             let (version, revision) = applied(&nodes, key, &value).await;

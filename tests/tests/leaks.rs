@@ -64,12 +64,13 @@ async fn work(client: &Client, operations: u64, seed: u64, ends: &Arc<Ends>) {
         let (client, mut rng, ends) = (client.clone(), rng.fork(), Arc::clone(ends));
         callers.push(tokio::spawn(async move {
             for _ in 0..operations / CALLERS as u64 {
-                // Microseconds: before it is sent, under way, or at its answer.
-                let patience = rng.bool().then(|| Duration::from_micros(rng.u64(0..8000)));
+                // Before it is sent, under way, or at its answer. Counted in turns, as timers are too coarse.
+                let turns = if rng.bool() { rng.u32(0..40) } else { u32::MAX };
                 let operation = one(&client, &mut rng);
-                let ended = match patience {
-                    Some(patience) => tokio::time::timeout(patience, operation).await.ok(),
-                    None => Some(operation.await),
+                let ended = tokio::select! {
+                    biased;
+                    result = operation => Some(result),
+                    () = pass(turns) => None,
                 };
                 match ended {
                     Some(Err(error)) if error.kind() == ErrorKind::LeaseNotFound => {}
@@ -84,6 +85,16 @@ async fn work(client: &Client, operations: u64, seed: u64, ends: &Arc<Ends>) {
     }
     for caller in callers {
         caller.await.unwrap();
+    }
+}
+
+/// Lets so many turns of the others pass; with all there can be, for ever.
+async fn pass(turns: u32) {
+    if turns == u32::MAX {
+        std::future::pending::<()>().await;
+    }
+    for _ in 0..turns {
+        tokio::task::yield_now().await;
     }
 }
 
