@@ -149,8 +149,9 @@ impl Client {
     /// It ends calls, the opening of watches and caches, and the waiting for locks and elections. What was opened goes
     /// on until it is dropped: watches, caches, lease keepers, locks and leaderships that are held.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
     /// use d_engine_client::{CancellationToken, ErrorKind, Outcome};
     ///
     /// let token = CancellationToken::new();
@@ -161,7 +162,7 @@ impl Client {
     ///     Err(error) if error.outcome() == Outcome::NotApplied => assert_eq!(error.kind(), ErrorKind::Cancelled),
     ///     Err(error) => println!("{error}"),
     /// }
-    /// # }
+    /// # Ok(()) }) }
     /// ```
     ///
     /// [`ErrorKind::Cancelled`]: crate::ErrorKind::Cancelled
@@ -189,14 +190,16 @@ impl Client {
     ///
     /// Dropping the future leaves the client refusing new calls; close it then.
     ///
-    /// ```no_run
-    /// # async fn example(client: d_engine_client::Client) {
+    /// ```
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
+    /// # fn main() { run(async |client| {
+    /// use d_engine_client::ErrorKind;
     /// use std::time::Duration;
     ///
-    /// if !client.close_within(Duration::from_secs(2)).await {
-    ///     eprintln!("some calls were cut off");
-    /// }
-    /// # }
+    /// client.put("greeting", "hello").await?;
+    /// assert!(client.close_within(Duration::from_secs(10)).await, "no call was in flight");
+    /// assert_eq!(client.get("greeting").await.unwrap_err().kind(), ErrorKind::Closed);
+    /// # Ok(()) }) }
     /// ```
     pub async fn close_within(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + bounded(patience);

@@ -21,5 +21,8 @@ async fn every_example_of_the_documentation_runs() {
     let examples =
         text.lines().filter(|line| line.starts_with("test client-rust/") && line.ends_with("... ok")).count();
     assert!(examples > 25, "only {examples} examples of the client ran:\n{text}");
+    // That one would need certificates; tests/tests/tls.rs has them.
+    let unrun = |line: &&str| line.contains("- compile") && !line.contains("tls::TlsOptions");
+    assert_eq!(text.lines().find(unrun), None, "an example does not run:\n{text}");
     assert!(!text.contains("... ignored"), "an example is not even compiled:\n{text}");
 }
