@@ -24,6 +24,7 @@ pub mod process;
 pub mod proxy;
 pub mod puppet;
 pub mod steady;
+pub mod timeline;
 pub mod transcript;
 pub mod transports;
 pub mod workload;
