@@ -29,9 +29,11 @@ pub mod transcript;
 pub mod transports;
 pub mod workload;
 
+pub mod contenders;
 pub mod lifetime;
 pub mod once;
 pub mod resource;
+pub mod tenants;
 pub mod truth;
 pub mod watched;
 pub mod watchers;

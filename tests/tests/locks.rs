@@ -1,13 +1,12 @@
 //! Locks and elections: what a lock guards is written by one holder after the other, whatever a holder believes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use d_engine_client::{Client, FencingToken};
 use d_engine_tests::cluster::{Cluster, Shape};
+use d_engine_tests::contenders::Contenders;
 use d_engine_tests::nemesis::{Schedule, torment};
 use d_engine_tests::network::{self, PrivateNetwork};
 use d_engine_tests::puppet::Puppet;
@@ -17,8 +16,6 @@ use d_engine_tests::wait;
 use fastrand::Rng;
 
 const TTL: Duration = Duration::from_millis(1_500);
-/// Shorter than a change of leader takes, so that locks are lost.
-const TTL_SHORT: Duration = Duration::from_millis(700);
 
 fn client(cluster: &Cluster) -> Client {
     Client::builder().endpoints(cluster.addresses()).call_timeout(Duration::from_secs(10)).build().unwrap()
@@ -72,77 +69,18 @@ fn since(start: Instant) -> Duration {
 #[test]
 fn one_at_a_time_holds_a_lock_while_leaders_and_links_fail() {
     network::inside("one_at_a_time_holds_a_lock_while_leaders_and_links_fail", || async {
-        const CONTENDERS: usize = 5;
         let seed = seed();
         let network = Some(PrivateNetwork::lay(3));
         let mut cluster = Cluster::prepare(Shape { network, ..Shape::default() }).await;
         cluster.start_all().await;
         let mut rng = Rng::with_seed(seed);
-        let start = Instant::now();
-        let end = start + Duration::from_secs(11);
-        let resource = Arc::new(Mutex::new(Resource::default()));
-        let contenders: Vec<_> = (0..CONTENDERS)
-            .map(|number| {
-                let (client, resource, rng) = (client(&cluster), Arc::clone(&resource), rng.fork());
-                tokio::spawn(contend(client, format!("contender {number}"), resource, rng, start, end))
-            })
-            .collect();
+        let end = Instant::now() + Duration::from_secs(11);
+        let contenders = Contenders::start(&cluster, "disk", end, &mut rng);
         torment(&mut cluster, &mut Schedule::new(seed, 3, true), end, |text| println!("  {text}")).await;
-        let (mut tenures, mut lost) = (Vec::new(), 0);
-        for contender in contenders {
-            let (mine, mine_lost) = contender.await.unwrap();
-            tenures.extend(mine);
-            lost += mine_lost;
-        }
-        let resource = resource.lock().unwrap();
-        println!(
-            "{} tenures, {lost} lost; {} writes, {} refused",
-            tenures.len(),
-            resource.accepted().len(),
-            resource.refused()
-        );
-        resource::judge(&tenures).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
-        let mut sections: BTreeMap<FencingToken, usize> = BTreeMap::new();
-        for (token, _) in resource.accepted() {
-            *sections.entry(*token).or_default() += 1;
-        }
-        assert!(sections.len() > 2, "seed {seed}: hardly anybody held the lock: {sections:?}");
+        let tally = contenders.judge().await.unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        println!("{tally:?}");
+        assert!(tally.writers > 2, "seed {seed}: hardly anybody held the lock: {tally:?}");
     });
-}
-
-/// Takes the lock, works under it as long as it is held or the work lasts, and gives it back; again and again.
-async fn contend(
-    client: Client,
-    name: String,
-    resource: Arc<Mutex<Resource>>,
-    mut rng: Rng,
-    start: Instant,
-    end: Instant,
-) -> (Vec<Tenure>, usize) {
-    let (mut tenures, mut lost) = (Vec::new(), 0);
-    while Instant::now() < end {
-        let Ok(guard) = client.lock("disk").ttl(TTL_SHORT).timeout(Duration::from_secs(5)).acquire().await else {
-            continue;
-        };
-        let token = guard.token();
-        let acquired = since(start);
-        let mut tenure = Tenure { holder: name.clone(), token, acquired, held: acquired };
-        for step in 0..rng.usize(1..20) {
-            // The clock is read before the look, so that the look vouches for it.
-            let now = since(start);
-            if !guard.is_held() {
-                lost += 1;
-                break;
-            }
-            tenure.held = now;
-            let _ = resource.lock().unwrap().write(token, format!("{name}, step {step}"));
-            // Work that takes its time, with something else to wait for than a clock.
-            let _ = client.get("what the work needs").timeout(Duration::from_millis(100)).await;
-        }
-        let _ = guard.release().await;
-        tenures.push(tenure);
-    }
-    (tenures, lost)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
