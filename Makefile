@@ -29,8 +29,8 @@ build: ## Builds everything
 test: ## Runs every check; changes nothing in the tree
 	@scripts/test
 
-soak: ## Runs the fault test for an hour; DURATION=600 and SEED=... choose otherwise
-	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED))
+soak: ## Runs the fault test for an hour and draws it; DURATION=600, SEED=... and PICTURE=... choose otherwise
+	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED)) --picture $(or $(PICTURE),$(CACHE_DIR)/soak.svg)
 
 figures: build ## Measures throughput, latency, CPU, memory, start and fail-over on this machine
 	@$(CARGO_TARGET_DIR)/debug/d-engine-bench

@@ -1,7 +1,6 @@
 //! Whether memory and history stay flat: keys that are written over and over, leases that come and go, and automatic
 //! compaction, for as long as asked.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use comfy_table::{Table, presets};
@@ -9,7 +8,7 @@ use d_engine_client::Client;
 use d_engine_tests::cluster::{Cluster, Shape};
 use indicatif::ProgressBar;
 
-use crate::processes;
+use d_engine_tests::processes;
 
 const RETENTION: Duration = Duration::from_secs(30);
 const KEYS: u64 = 10_000;
@@ -75,7 +74,8 @@ pub(crate) async fn run(duration: Duration) -> Table {
 async fn sample(cluster: &Cluster, began: Instant) -> Sample {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let resident = processes::servers().iter().map(|id| processes::resident_bytes(*id)).sum();
-    let size = |part: &str| cluster.nodes().iter().map(|node| directory_bytes(&node.data().join(part))).sum();
+    let size =
+        |part: &str| cluster.nodes().iter().map(|node| processes::directory_bytes(&node.data().join(part))).sum();
     let status = cluster.nodes()[0].direct(Duration::from_secs(10)).status().await.expect("it runs");
     Sample {
         at: began.elapsed(),
@@ -84,12 +84,6 @@ async fn sample(cluster: &Cluster, began: Instant) -> Sample {
         log_mib: mib(size("log")),
         keys: status.keys,
     }
-}
-
-/// Bytes of the files right below a directory.
-fn directory_bytes(directory: &Path) -> u64 {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.metadata().ok()).map(|file| file.len()).sum()
 }
 
 fn table(samples: &[Sample]) -> Table {

@@ -4,7 +4,7 @@ use comfy_table::{Table, presets};
 use d_engine_client::Client;
 use d_engine_tests::cluster::Cluster;
 
-use crate::processes;
+use d_engine_tests::processes;
 
 /// Bytes for each.
 pub(crate) struct Idle {

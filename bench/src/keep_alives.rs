@@ -9,7 +9,7 @@ use d_engine_proto::v1::lease_client::LeaseClient;
 use d_engine_tests::cluster::Cluster;
 use futures_util::{StreamExt, TryStreamExt};
 
-use crate::processes;
+use d_engine_tests::processes;
 
 const LEASES: usize = 10_000;
 const TTL: Duration = Duration::from_secs(600);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use d_engine_client::{Client, Consistency};
 use hdrhistogram::Histogram;
 
-use crate::processes;
+use d_engine_tests::processes;
 
 const KEYS: u64 = 10_000;
 const VALUE_BYTES: usize = 256;

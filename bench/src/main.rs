@@ -14,7 +14,6 @@ mod failover;
 mod idle;
 mod keep_alives;
 mod load;
-mod processes;
 mod watches;
 
 use std::time::Duration;

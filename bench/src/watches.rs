@@ -10,7 +10,7 @@ use d_engine_client::{Client, WatchStream};
 use d_engine_tests::cluster::Cluster;
 use hdrhistogram::Histogram;
 
-use crate::processes;
+use d_engine_tests::processes;
 
 const PREFIX: &str = "watched/";
 const VALUE_BYTES: usize = 256;

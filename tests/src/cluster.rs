@@ -10,10 +10,13 @@ use tempfile::TempDir;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::direct::DirectNode;
+use crate::disk::Disk;
 use crate::faulty::FaultPoints;
+use crate::nemesis::Reach;
 use crate::network::{End, PrivateNetwork};
 use crate::process::{Process, bound_to_this_thread, built, d_engine};
 use crate::proxy::Proxy;
+use crate::wall_clock::WallClock;
 use crate::{http, wait};
 
 /// Clusters of one test program run one after the other: their timing matters more than the test's duration.
@@ -44,11 +47,24 @@ pub struct Shape {
     pub proxied: bool,
     /// Whether the nodes have fault points: see [`crate::faulty`].
     pub faulty: bool,
+    /// Mebibytes of the disk that each node has for itself; without it they share the machine's. Needs mounts of one's
+    /// own, as a network does.
+    pub disks: Option<u32>,
+    /// Whether each node has a wall clock of its own.
+    pub wall_clocks: bool,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { nodes: 3, extra: String::new(), network: None, proxied: false, faulty: false }
+        Self {
+            nodes: 3,
+            extra: String::new(),
+            network: None,
+            proxied: false,
+            faulty: false,
+            disks: None,
+            wall_clocks: false,
+        }
     }
 }
 
@@ -57,6 +73,9 @@ impl Default for Shape {
 pub struct Cluster {
     nodes: Vec<Node>,
     network: Option<PrivateNetwork>,
+    disks: Vec<Disk>,
+    wall_clocks: Vec<WallClock>,
+    // After the disks, which are mounted in it.
     directory: Option<TempDir>,
     _turn: OwnedSemaphorePermit,
 }
@@ -107,7 +126,15 @@ impl Cluster {
         for node in &mut nodes {
             node.write_config(&members, &shape.extra);
         }
-        Self { nodes, network: shape.network, directory: Some(directory), _turn: turn }
+        let disks = match shape.disks {
+            Some(mebibytes) => nodes.iter().map(|node| Disk::in_file(&node.data(), mebibytes)).collect(),
+            None => Vec::new(),
+        };
+        let wall_clocks = match shape.wall_clocks {
+            true => nodes.iter_mut().map(|node| WallClock::give(node, directory.path())).collect(),
+            false => Vec::new(),
+        };
+        Self { nodes, network: shape.network, disks, wall_clocks, directory: Some(directory), _turn: turn }
     }
 
     /// Starts every node that does not run and waits until all are ready.
@@ -147,6 +174,27 @@ impl Cluster {
     #[must_use]
     pub fn network(&self) -> Option<&PrivateNetwork> {
         self.network.as_ref()
+    }
+
+    /// The disk of this node, if the cluster was prepared with some.
+    pub fn disk_mut(&mut self, id: u32) -> Option<&mut Disk> {
+        self.disks.get_mut(id as usize - 1)
+    }
+
+    /// The wall clock of this node, if the cluster was prepared with some.
+    #[must_use]
+    pub fn wall_clock(&self, id: u32) -> Option<&WallClock> {
+        self.wall_clocks.get(id as usize - 1)
+    }
+
+    /// What of it an adversary can lay hands on.
+    #[must_use]
+    pub fn reach(&self) -> Reach {
+        Reach {
+            network: self.network.is_some(),
+            disks: !self.disks.is_empty(),
+            wall_clocks: !self.wall_clocks.is_empty(),
+        }
     }
 
     /// Where clients reach the nodes, as `host:port`: through their proxies, if they have some.

@@ -59,10 +59,26 @@ impl DirectNode {
     /// # Errors
     /// The status, as it came.
     pub async fn prefix(&self, prefix: &str, min_revision: u64) -> Result<BTreeMap<Bytes, Bytes>, Status> {
-        let range = KeyRange::prefix(prefix);
+        self.range(&KeyRange::prefix(prefix), min_revision, 0).await
+    }
+
+    /// Every key with its value as of `revision`.
+    ///
+    /// # Errors
+    /// The status, as it came.
+    pub async fn at(&self, revision: u64) -> Result<BTreeMap<Bytes, Bytes>, Status> {
+        self.range(&KeyRange::all(), revision, revision).await
+    }
+
+    async fn range(
+        &self,
+        range: &KeyRange,
+        min_revision: u64,
+        revision: u64,
+    ) -> Result<BTreeMap<Bytes, Bytes>, Status> {
         let mut request = RangeRequest {
             range: Some(v1::KeyRange { start: range.start().clone(), end: range.end().clone() }),
-            read: Some(ReadOptions { consistency: Consistency::Eventual as i32, min_revision, revision: 0 }),
+            read: Some(ReadOptions { consistency: Consistency::Eventual as i32, min_revision, revision }),
             ..RangeRequest::default()
         };
         let mut found = BTreeMap::new();

@@ -3,14 +3,15 @@
 //! The seed decides which faults come, how long each lasts and the pause after it. Which node happens to lead at that
 //! moment is up to the cluster, so the same seed gives the same schedule, not the same run.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
 use crate::cluster::Cluster;
+use crate::disk::Disk;
 use crate::network::End;
+use crate::timeline::Event;
 use crate::wait;
 
 /// Whom a fault hits.
@@ -41,21 +42,43 @@ pub enum Fault {
     DeafPeer(Target),
     /// No link between two nodes; both reach the third.
     SeverPair(Target),
+    /// No byte is left on the disk; later there is space again, and the node is started anew.
+    FillDisk(Target),
+    /// Every write to the disk waits for those of a neighbour.
+    SlowDisk(Target),
+    /// The wall clock jumps by up to a day, to either side, and stays there.
+    StepClock(Target),
+}
+
+/// What an adversary can lay hands on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Links between nodes.
+    pub network: bool,
+    /// The disks of nodes.
+    pub disks: bool,
+    /// Their wall clocks.
+    pub wall_clocks: bool,
 }
 
 impl Fault {
-    const WITHOUT_NETWORK: [fn(Target) -> Self; 5] = [Self::Kill, Self::Kill, Self::Pause, Self::Pause, Self::Stop];
-    const WITH_NETWORK: [fn(Target) -> Self; 9] = [
-        Self::Kill,
-        Self::Kill,
-        Self::Pause,
-        Self::Pause,
-        Self::Stop,
-        Self::IsolateFromPeers,
-        Self::IsolateFromAll,
-        Self::DeafPeer,
-        Self::SeverPair,
-    ];
+    /// What can be done within `reach`; more often what matters more.
+    fn kinds(reach: Reach) -> Vec<fn(Target) -> Self> {
+        let mut kinds: Vec<fn(Target) -> Self> = vec![Self::Kill, Self::Kill, Self::Pause, Self::Pause, Self::Stop];
+        if reach.network {
+            let links: [fn(Target) -> Self; 4] =
+                [Self::IsolateFromPeers, Self::IsolateFromAll, Self::DeafPeer, Self::SeverPair];
+            kinds.extend(links);
+        }
+        if reach.disks {
+            let disks: [fn(Target) -> Self; 2] = [Self::FillDisk, Self::SlowDisk];
+            kinds.extend(disks);
+        }
+        if reach.wall_clocks {
+            kinds.push(Self::StepClock);
+        }
+        kinds
+    }
 
     /// The name without the target, to count by.
     #[must_use]
@@ -69,6 +92,9 @@ impl Fault {
             Self::IsolateFromAll(_) => "isolate from all",
             Self::DeafPeer(_) => "one-way cut",
             Self::SeverPair(_) => "cut pair",
+            Self::FillDisk(_) => "full disk",
+            Self::SlowDisk(_) => "slow disk",
+            Self::StepClock(_) => "clock step",
         }
     }
 
@@ -81,7 +107,10 @@ impl Fault {
             | Self::IsolateFromPeers(target)
             | Self::IsolateFromAll(target)
             | Self::DeafPeer(target)
-            | Self::SeverPair(target) => target,
+            | Self::SeverPair(target)
+            | Self::FillDisk(target)
+            | Self::SlowDisk(target)
+            | Self::StepClock(target) => target,
         }
     }
 }
@@ -108,23 +137,23 @@ impl fmt::Display for Step {
 pub struct Schedule {
     rng: Rng,
     nodes: u32,
-    network: bool,
+    kinds: Vec<fn(Target) -> Fault>,
     opening: Vec<Fault>,
 }
 
 impl Schedule {
-    /// The schedule of `seed` for a cluster of `nodes`, with link faults if there is a `network`.
+    /// The schedule of `seed` for a cluster of `nodes`, of what is within `reach`.
     ///
     /// It opens with one of each kind that matters most, so that a short run has seen them too.
     #[must_use]
-    pub fn new(seed: u64, nodes: u32, network: bool) -> Self {
+    pub fn new(seed: u64, nodes: u32, reach: Reach) -> Self {
         let mut rng = Rng::with_seed(seed);
         let mut opening = vec![Fault::Kill(Target::Leader), Fault::Pause(Target::Leader), Fault::KillAll];
-        if network {
+        if reach.network {
             opening.push(Fault::IsolateFromPeers(Target::Leader));
         }
         rng.shuffle(&mut opening);
-        Self { rng, nodes, network, opening }
+        Self { rng, nodes, kinds: Fault::kinds(reach), opening }
     }
 }
 
@@ -135,17 +164,17 @@ impl Iterator for Schedule {
         let pause = Duration::from_millis(self.rng.u64(300..2_000));
         let lasting = Duration::from_millis(self.rng.u64(200..3_500));
         let target = if self.rng.u8(0..3) < 2 { Target::Leader } else { Target::Node(self.rng.u32(1..=self.nodes)) };
-        let kinds: &[fn(Target) -> Fault] = if self.network { &Fault::WITH_NETWORK } else { &Fault::WITHOUT_NETWORK };
         let fault = match self.opening.pop() {
             Some(fault) => fault,
             None if self.rng.u8(0..12) == 0 => Fault::KillAll,
-            None => self.rng.choice(kinds).expect("there are kinds")(target),
+            None => self.rng.choice(&self.kinds).expect("there are kinds")(target),
         };
         Some(Step { pause, fault, lasting })
     }
 }
 
-/// Follows a schedule until `end`, leaves the cluster whole and ready, and says how often each fault was done.
+/// Follows a schedule until `end`, leaves the cluster whole and ready, and says what was done; times count from the
+/// call.
 ///
 /// # Panics
 /// When a node ends by itself, or the cluster does not recover.
@@ -154,8 +183,9 @@ pub async fn torment(
     schedule: &mut Schedule,
     end: Instant,
     mut say: impl FnMut(&str),
-) -> BTreeMap<&'static str, usize> {
-    let mut done = BTreeMap::new();
+) -> Vec<Event> {
+    let began = Instant::now();
+    let mut done = Vec::new();
     for step in schedule {
         if Instant::now() + step.pause >= end {
             break;
@@ -167,8 +197,9 @@ pub async fn torment(
         };
         say(&format!("{step}, hits node {victim}"));
         let lasting = step.lasting.min(end.saturating_duration_since(Instant::now()));
+        let at = began.elapsed();
         inflict(cluster, step.fault, victim, lasting).await;
-        *done.entry(step.fault.name()).or_default() += 1;
+        done.push(Event { at, lasting: began.elapsed() - at, name: step.fault.name() });
         cluster.check_alive();
     }
     cluster.start_all().await;
@@ -215,39 +246,70 @@ async fn inflict(cluster: &mut Cluster, fault: Fault, victim: u32, lasting: Dura
             wait::pass(lasting).await;
             network.heal();
         }
+        Fault::FillDisk(_) => {
+            disk(cluster, victim).fill();
+            wait::pass(lasting).await;
+            // It has ended by itself, or is about to: what it could not write is not forgiven.
+            cluster.bury();
+            if cluster.node(victim).runs() {
+                cluster.node_mut(victim).kill();
+            }
+            disk(cluster, victim).free();
+            cluster.node_mut(victim).start();
+        }
+        Fault::SlowDisk(_) => {
+            disk(cluster, victim).slow_down();
+            wait::pass(lasting).await;
+            disk(cluster, victim).speed_up();
+        }
+        Fault::StepClock(_) => {
+            let seconds = i64::try_from(lasting.as_millis()).unwrap_or(0) * 25;
+            let offset = if seconds % 2 == 0 { seconds } else { -seconds };
+            cluster.wall_clock(victim).expect("only scheduled with wall clocks").step(offset);
+            wait::pass(lasting).await;
+        }
     }
+}
+
+fn disk(cluster: &mut Cluster, id: u32) -> &mut Disk {
+    cluster.disk_mut(id).expect("only scheduled with disks")
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
-    fn kinds(seed: u64, network: bool, steps: usize) -> Vec<Step> {
-        Schedule::new(seed, 3, network).take(steps).collect()
+    const EVERYTHING: Reach = Reach { network: true, disks: true, wall_clocks: true };
+
+    fn names(seed: u64, reach: Reach, steps: usize) -> Vec<&'static str> {
+        Schedule::new(seed, 3, reach).take(steps).map(|step| step.fault.name()).collect()
     }
 
     #[test]
     fn a_seed_gives_the_same_schedule_again() {
-        assert_eq!(kinds(7, true, 100), kinds(7, true, 100));
-        assert_ne!(kinds(7, true, 100), kinds(8, true, 100));
+        let steps = |seed| Schedule::new(seed, 3, EVERYTHING).take(100).collect::<Vec<_>>();
+        assert_eq!(steps(7), steps(7));
+        assert_ne!(steps(7), steps(8));
     }
 
     #[test]
     fn a_long_schedule_has_every_fault() {
-        let names: std::collections::BTreeSet<_> = kinds(7, true, 500).iter().map(|step| step.fault.name()).collect();
-        assert_eq!(names.len(), 8, "{names:?}");
+        let names: BTreeSet<_> = names(7, EVERYTHING, 500).into_iter().collect();
+        assert_eq!(names.len(), 11, "{names:?}");
     }
 
     #[test]
-    fn without_a_network_no_link_is_cut() {
-        let cuts = ["isolate from peers", "isolate from all", "one-way cut", "cut pair"];
-        assert!(kinds(7, false, 500).iter().all(|step| !cuts.contains(&step.fault.name())));
+    fn what_is_out_of_reach_is_left_alone() {
+        let names: BTreeSet<_> = names(7, Reach::default(), 500).into_iter().collect();
+        assert_eq!(names, BTreeSet::from(["kill", "kill all", "pause", "stop"]));
     }
 
     #[test]
     fn a_short_schedule_has_the_faults_that_matter_most() {
         for seed in 0..20 {
-            let names: Vec<_> = kinds(seed, true, 4).iter().map(|step| step.fault.name()).collect();
+            let names = names(seed, EVERYTHING, 4);
             for name in ["kill", "pause", "kill all", "isolate from peers"] {
                 assert!(names.contains(&name), "seed {seed}: {names:?}");
             }

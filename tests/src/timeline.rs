@@ -244,7 +244,8 @@ impl Timeline {
 
     fn draw_outcomes(&self, area: &Area<'_>) -> Result<(), Box<dyn Error>> {
         let caption = "calls a second: answered (black), refused (blue), unknown (red)";
-        let parts: [(fn(&Second) -> u64, RGBColor); 3] = [
+        type Part = (fn(&Second) -> u64, RGBColor);
+        let parts: [Part; 3] = [
             (|second| second.latency_us.len(), BLACK),
             (|second| second.not_applied, BLUE),
             (|second| second.unknown, RED),

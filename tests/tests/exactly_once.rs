@@ -206,7 +206,7 @@ async fn puts_under_torment(cluster: &mut Cluster, sessions: bool, seconds: u64,
         let (proxy, rng, cuts) = (node.proxy.clone().unwrap(), rng.fork(), Arc::clone(&cuts));
         losses.push(tokio::spawn(async move { proxy.torment(rng, &cuts).await }));
     }
-    let mut schedule = Schedule::new(seed, 3, true);
+    let mut schedule = Schedule::new(seed, 3, cluster.reach());
     torment(cluster, &mut schedule, end, |text| println!("  {text}")).await;
     for loss in &losses {
         loss.abort();

@@ -4,10 +4,6 @@
 //! The small disk is a file system in memory, in mounts that this test alone sees.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step ends the test")]
 
-use std::fs::File;
-use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,6 +11,7 @@ use d_engine_proto::DetailedStatus;
 use d_engine_proto::v1::Outcome;
 use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::direct::DirectNode;
+use d_engine_tests::disk::Disk;
 use d_engine_tests::network::{self, PrivateNetwork};
 use d_engine_tests::wait;
 use tonic::Status;
@@ -31,7 +28,8 @@ const PACE: Duration = Duration::from_millis(5);
 fn a_leader_or_follower_whose_disk_is_full_ends_and_comes_back_while_the_others_go_on() {
     network::inside("a_leader_or_follower_whose_disk_is_full_ends_and_comes_back_while_the_others_go_on", || async {
         let mut cluster = prepare(3).await;
-        let disks: Vec<Disk> = cluster.nodes().iter().map(|node| Disk::mount(node.data())).collect();
+        let disks: Vec<Disk> =
+            cluster.nodes().iter().map(|node| Disk::in_memory(&node.data(), DISK_MEBIBYTES)).collect();
         cluster.start_all().await;
         let mut ledger = Ledger::default();
         for leads in [true, false] {
@@ -65,7 +63,7 @@ fn a_single_node_whose_disk_is_full_acknowledges_nothing_more_and_loses_nothing(
         let data = cluster.node(1).data();
         // The disk of everything, and one that holds only the history, to which nothing is written before long.
         for place in [data.clone(), data.join("state")] {
-            let disk = Disk::mount(place);
+            let disk = Disk::in_memory(&place, DISK_MEBIBYTES);
             cluster.start_all().await;
             let mut ledger = Ledger::default();
             let node = cluster.node(1).direct(ATTEMPT);
@@ -173,48 +171,4 @@ impl Ledger {
 
 fn value_of(key: &str) -> String {
     key.repeat(VALUE_BYTES / key.len())
-}
-
-/// A small disk. Taken away when dropped, also while files on it are open.
-struct Disk {
-    place: PathBuf,
-}
-
-impl Disk {
-    fn mount(place: PathBuf) -> Self {
-        std::fs::create_dir_all(&place).unwrap();
-        let size = format!("size={DISK_MEBIBYTES}m");
-        assert!(
-            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&place).status().unwrap().success()
-        );
-        Self { place }
-    }
-
-    /// Leaves no byte free.
-    fn fill(&self) {
-        let mut ballast = File::create(self.ballast()).unwrap();
-        for block in [vec![0; 1 << 20], vec![0; 1]] {
-            let full = loop {
-                if let Err(full) = ballast.write_all(&block) {
-                    break full;
-                }
-            };
-            assert_eq!(full.kind(), ErrorKind::StorageFull);
-        }
-    }
-
-    fn free(&self) {
-        std::fs::remove_file(self.ballast()).unwrap();
-    }
-
-    fn ballast(&self) -> PathBuf {
-        self.place.join("ballast")
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // Where it fails, the mount ends with the test's namespace.
-        let _ = Command::new("umount").arg("--lazy").arg(&self.place).status();
-    }
 }

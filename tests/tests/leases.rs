@@ -29,7 +29,8 @@ fn keys_live_as_long_as_promised_and_no_longer_while_leaders_and_links_fail() {
         let mut rng = Rng::with_seed(seed);
         let end = Instant::now() + Duration::from_secs(12);
         let tenants = Tenants::start(&cluster, "lives", end, &mut rng);
-        torment(&mut cluster, &mut Schedule::new(seed, 3, true), end, |text| println!("  {text}")).await;
+        let mut schedule = Schedule::new(seed, 3, cluster.reach());
+        torment(&mut cluster, &mut schedule, end, |text| println!("  {text}")).await;
         let tally = tenants.judge().await.unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
         println!("{tally:?}");
         assert!(tally.ended > 10 && tally.bounded > 5, "hardly anything ended: {tally:?}");

@@ -76,7 +76,8 @@ fn one_at_a_time_holds_a_lock_while_leaders_and_links_fail() {
         let mut rng = Rng::with_seed(seed);
         let end = Instant::now() + Duration::from_secs(11);
         let contenders = Contenders::start(&cluster, "disk", end, &mut rng);
-        torment(&mut cluster, &mut Schedule::new(seed, 3, true), end, |text| println!("  {text}")).await;
+        let mut schedule = Schedule::new(seed, 3, cluster.reach());
+        torment(&mut cluster, &mut schedule, end, |text| println!("  {text}")).await;
         let tally = contenders.judge().await.unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
         println!("{tally:?}");
         assert!(tally.writers > 2, "seed {seed}: hardly anybody held the lock: {tally:?}");

@@ -1,11 +1,7 @@
 //! Wall clocks play no part: one that jumps by an hour, forward and back, deposes nobody, fails no call and makes no
 //! read stale, on the leader and on a follower.
-//!
-//! libfaketime shifts what a node's process reads as the time of day by the offset in a file, and leaves the monotonic
-//! clocks alone, as a step by an operator or a time server does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +11,7 @@ use d_engine_tests::cluster::{Cluster, Node, Shape};
 use d_engine_tests::lifetime::{Lifetime, Look};
 use d_engine_tests::steady::{self, Steady};
 use d_engine_tests::wait;
+use d_engine_tests::wall_clock::WallClock;
 
 /// Long enough for a busy machine; a step that counts would end it at once, however long it is.
 const LEASE: Duration = Duration::from_secs(1);
@@ -22,12 +19,12 @@ const HOUR: i64 = 3600;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wall_clock_stepped_by_an_hour_both_ways_changes_nothing() {
-    let (mut cluster, offsets) = with_wall_clocks().await;
+    let (mut cluster, clocks) = with_wall_clocks().await;
     let before = cluster.reign().await;
     let mut steady = Steady::start(cluster.node(before.leader).direct(wait::PATIENCE)).await;
     for id in [before.leader, before.leader % 3 + 1] {
         for hours in [1, -1, 0] {
-            step(&offsets[id as usize - 1], hours * HOUR);
+            clocks[id as usize - 1].step(hours * HOUR);
             is_logged(cluster.node(id), hours * HOUR).await;
             // Whoever counted on the clock would find the lease, or the patience with the leader, long over, or
             // stand still until they are.
@@ -49,7 +46,7 @@ async fn a_lease_lasts_its_time_whatever_the_wall_clock_says() {
     const TTL: Duration = Duration::from_secs(2);
     // What a busy machine may add.
     const MARGIN: Duration = Duration::from_secs(5);
-    let (cluster, offsets) = with_wall_clocks().await;
+    let (cluster, clocks) = with_wall_clocks().await;
     let client = Client::builder().endpoints(cluster.addresses()).build().unwrap();
     for hours in [1, -1] {
         let reign = cluster.reign().await;
@@ -60,8 +57,8 @@ async fn a_lease_lasts_its_time_whatever_the_wall_clock_says() {
         client.put(&key, "").lease(lease).await.unwrap();
         let mut lifetime = Lifetime { key: key.clone(), promised_until: TTL, ..Lifetime::default() };
         lifetime.due = Some(start.elapsed() + TTL + MARGIN);
-        for offset in &offsets {
-            step(offset, hours * HOUR);
+        for clock in &clocks {
+            clock.step(hours * HOUR);
         }
         let node = leader.direct(wait::PATIENCE);
         let mut gone = 0;
@@ -78,32 +75,20 @@ async fn a_lease_lasts_its_time_whatever_the_wall_clock_says() {
     }
 }
 
-/// A cluster whose nodes have wall clocks of their own, each with the file that says how far it is ahead.
-async fn with_wall_clocks() -> (Cluster, Vec<PathBuf>) {
-    let library = libfaketime();
+/// A cluster whose nodes have wall clocks of their own.
+async fn with_wall_clocks() -> (Cluster, Vec<WallClock>) {
     let extra = format!("[raft.read_consistency]\nlease_duration_ms = {}\n", LEASE.as_millis());
     let mut cluster = Cluster::prepare(Shape { extra, ..Shape::default() }).await;
-    let offsets: Vec<PathBuf> = (1..=3).map(|id| cluster.directory().join(format!("n{id}/wall-clock"))).collect();
-    for (id, offset) in (1..).zip(&offsets) {
-        step(offset, 0);
+    let directory = cluster.directory().to_owned();
+    let mut clocks = Vec::new();
+    for id in 1..=3 {
         let node = cluster.node_mut(id);
-        node.set_environment("LD_PRELOAD", &library);
-        node.set_environment("FAKETIME_TIMESTAMP_FILE", offset);
-        node.set_environment("FAKETIME_NO_CACHE", "1");
-        node.set_environment("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        clocks.push(WallClock::give(node, &directory));
         // Lines that come all the time, to see the node's wall clock by.
         node.set_environment("D_ENGINE_LOG", "info,[tick]=debug");
     }
     cluster.start_all().await;
-    (cluster, offsets)
-}
-
-/// Sets a node's wall clock to be `offset` seconds ahead of the machine's.
-fn step(file: &Path, offset: i64) {
-    // By renaming, so that the node never reads half a file.
-    let new = file.with_extension("new");
-    std::fs::write(&new, format!("{offset:+}\n")).unwrap();
-    std::fs::rename(&new, file).unwrap();
+    (cluster, clocks)
 }
 
 /// Waits until the node logs with a time of day `offset` seconds from the machine's, give or take some minutes.
@@ -129,13 +114,4 @@ fn time_of_day(seconds: i64) -> String {
     let output =
         Command::new("date").args(["-u", "-d", &format!("@{seconds}"), "+%Y-%m-%dT%H:%M:%S"]).output().unwrap();
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-/// The library that the `faketime` command preloads, which that command knows best.
-fn libfaketime() -> String {
-    let output = Command::new("faketime").args(["now", "printenv", "LD_PRELOAD"]).output();
-    let output = output.expect("faketime is installed: see scripts/setup");
-    let preloaded = String::from_utf8(output.stdout).unwrap();
-    let path = preloaded.trim().split(':').find(|path| path.contains("libfaketime")).expect("faketime preloads itself");
-    path.replace("libfaketime.so", "libfaketimeMT.so")
 }

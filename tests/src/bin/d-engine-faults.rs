@@ -1,29 +1,42 @@
-//! The fault test: random operations from many clients on a cluster of real processes, while a seeded adversary kills
-//! and stops nodes and cuts links; then the judge decides whether the history is linearizable, and whether each of many
-//! watches and caches saw exactly what happened to the store.
+//! The fault test: random operations, leases and locks from many clients on a cluster of real processes, while a seeded
+//! adversary does everything to it that [`nemesis`](d_engine_tests::nemesis) knows. Then it is judged whether the history
+//! is linearizable, whether each of many watches and caches saw exactly what happened to the store, whether leases lasted
+//! and locks held, and whether all nodes have the same state.
 //!
-//! Long runs are made of episodes on the same cluster, each judged by itself. Exits with 1 on a violation and keeps
-//! the files that show it.
+//! Long runs are made of episodes on the same cluster, each judged by itself, and end with a picture of the whole. Exits
+//! with 1 on a violation and keeps the files that show it.
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step ends the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use d_engine_client::Client;
-use d_engine_tests::cluster::{Cluster, Shape};
+use d_engine_tests::cluster::{Cluster, Node, Shape};
+use d_engine_tests::contenders::{self, Contenders};
+use d_engine_tests::disk;
 use d_engine_tests::history::{self, Operation, Outcome};
 use d_engine_tests::nemesis::{Schedule, torment};
 use d_engine_tests::network::{self, PrivateNetwork};
+use d_engine_tests::processes;
+use d_engine_tests::tenants::{self, Tenants};
+use d_engine_tests::timeline::{Event, Holding, Timeline};
 use d_engine_tests::truth::Truth;
+use d_engine_tests::wait;
 use d_engine_tests::watchers::{Findings, Watchers};
 use d_engine_tests::workload::{CALL_TIMEOUT, Keys, Worker};
 use fastrand::Rng;
+use tokio::sync::watch;
 
 const NODES: u32 = 3;
 const CLIENTS: usize = 8;
+/// Small enough to be filled in a moment.
+const DISK_MEBIBYTES: u32 = 256;
+/// History is compacted while it is read.
+const EXTRA: &str = "[raft.state_machine.history]\nretention_ms = 120000\n";
 
 /// Fault test on real processes, judged for linearizability and for what watches deliver.
 #[derive(Debug, Parser)]
@@ -37,6 +50,9 @@ struct Arguments {
     /// Length of an episode.
     #[arg(long, default_value_t = 60)]
     episode_seconds: u64,
+    /// Where the picture of the run goes, an SVG.
+    #[arg(long)]
+    picture: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -55,32 +71,112 @@ fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
+    let disks = match disk::available() {
+        Ok(()) => private,
+        Err(reason) => {
+            println!("full and slow disks: not run: no disks can be made here ({reason})");
+            false
+        }
+    };
     let network = private.then(|| PrivateNetwork::lay(NODES));
-    let mut cluster = Cluster::prepare(Shape { nodes: NODES, network, ..Shape::default() }).await;
+    let shape = Shape {
+        nodes: NODES,
+        network,
+        disks: disks.then_some(DISK_MEBIBYTES),
+        wall_clocks: true,
+        extra: EXTRA.to_owned(),
+        ..Shape::default()
+    };
+    let mut cluster = Cluster::prepare(shape).await;
     cluster.start_all().await;
-    let mut schedule = Schedule::new(seed, NODES, private);
+    let mut schedule = Schedule::new(seed, NODES, cluster.reach());
     let mut rng = Rng::with_seed(seed);
-    let end = Instant::now() + Duration::from_secs(arguments.seconds);
+    let (start, mut timeline) = (Instant::now(), Timeline::default());
+    let samples = Samples::start(&cluster, start);
+    let end = start + Duration::from_secs(arguments.seconds);
     let mut episode = 0;
-    while Instant::now() < end {
+    let mut verdict = Ok(());
+    while verdict.is_ok() && Instant::now() < end {
         episode += 1;
+        let begun = start.elapsed();
         let episode_end = end.min(Instant::now() + Duration::from_secs(arguments.episode_seconds));
         let history = one_episode(&mut cluster, &mut schedule, rng.fork(), episode, episode_end).await;
-        if let Err(violation) = judge(&cluster, &history) {
-            println!("episode {episode}, seed {seed}: {violation}");
-            cluster.keep();
-            return ExitCode::FAILURE;
+        timeline.add_operations(begun, &history.operations);
+        timeline.add_events(history.faults.iter().map(|event| Event { at: begun + event.at, ..event.clone() }));
+        verdict = judge(&cluster, &history).map_err(|violation| format!("episode {episode}: {violation}"));
+    }
+    for holding in samples.finish().await {
+        timeline.add_holding(holding);
+    }
+    let verdict = verdict.and_then(|()| timeline.flat());
+    let title = format!("d-engine fault test, seed {seed}, {} s, {NODES} nodes", start.elapsed().as_secs());
+    if let Some(picture) = &arguments.picture {
+        match timeline.draw(&title, picture) {
+            Ok(()) => println!("picture: {}", picture.display()),
+            Err(error) => println!("no picture: {}: {error}", picture.display()),
         }
     }
-    println!("fault test passed: {episode} episode(s), seed {seed}");
-    ExitCode::SUCCESS
+    match verdict {
+        Ok(()) => {
+            println!("fault test passed: {episode} episode(s), seed {seed}");
+            ExitCode::SUCCESS
+        }
+        Err(violation) => {
+            println!("seed {seed}: {violation}");
+            cluster.keep();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Samples of what the processes hold, once a second.
+struct Samples {
+    task: tokio::task::JoinHandle<Vec<Holding>>,
+    stop: watch::Sender<bool>,
+}
+
+impl Samples {
+    fn start(cluster: &Cluster, start: Instant) -> Self {
+        // Not what fills a disk up beside them.
+        let parts = |node: &Node| ["log", "state", "snapshots"].map(|part| node.data().join(part));
+        let directories: Vec<PathBuf> = cluster.nodes().iter().flat_map(parts).collect();
+        let (stop, mut stopped) = watch::channel(false);
+        let task = tokio::spawn(async move {
+            let mut samples = Vec::new();
+            let mut pace = tokio::time::interval(Duration::from_secs(1));
+            loop {
+                tokio::select! {
+                    _ = pace.tick() => {}
+                    _ = stopped.changed() => return samples,
+                }
+                let servers = processes::servers();
+                samples.push(Holding {
+                    at: start.elapsed(),
+                    memory: servers.iter().map(|id| processes::resident_bytes(*id)).sum(),
+                    descriptors: servers.iter().map(|id| processes::descriptors(*id)).sum(),
+                    disk: directories.iter().map(|directory| processes::directory_bytes(directory)).sum(),
+                });
+            }
+        });
+        Self { task, stop }
+    }
+
+    async fn finish(self) -> Vec<Holding> {
+        self.stop.send_replace(true);
+        self.task.await.unwrap()
+    }
 }
 
 struct History {
+    /// Of the keys that the operations are about.
+    prefix: String,
     operations: Vec<Operation>,
     watched: Result<Findings, String>,
     late: Vec<String>,
-    faults: BTreeMap<&'static str, usize>,
+    tenants: Result<tenants::Tally, String>,
+    contenders: Result<contenders::Tally, String>,
+    same: Result<usize, String>,
+    faults: Vec<Event>,
     time: Duration,
 }
 
@@ -94,6 +190,8 @@ async fn one_episode(
     let prefix = format!("episode-{episode}");
     let keys = Arc::new(Keys::new(&prefix));
     let watchers = Watchers::start(cluster, &prefix, &keys.used()[0], &mut rng).await;
+    let tenants = Tenants::start(cluster, &format!("lives-{episode}"), end, &mut rng);
+    let contenders = Contenders::start(cluster, &format!("lock-{episode}"), end, &mut rng);
     let start = Instant::now();
     let worker = |cluster: &Cluster, number: usize, rng: Rng| {
         let client = Client::builder().endpoints(cluster.addresses()).call_timeout(CALL_TIMEOUT).build().unwrap();
@@ -115,14 +213,39 @@ async fn one_episode(
     let last = worker(cluster, CLIENTS, rng).read_all().await;
     operations.extend(last.operations);
     late.extend(last.late);
-    History { operations, watched: watchers.judge().await, late, faults, time }
+    let (tenants, contenders, watched) = (tenants.judge().await, contenders.judge().await, watchers.judge().await);
+    let same = same_everywhere(cluster).await;
+    History { prefix, operations, watched, late, tenants, contenders, same, faults, time }
+}
+
+/// Whether all nodes have the same keys and values at one revision; how many keys.
+async fn same_everywhere(cluster: &Cluster) -> Result<usize, String> {
+    let nodes: Vec<_> = cluster.nodes().iter().map(|node| (node.id, node.direct(wait::PATIENCE))).collect();
+    let mut revision = 0;
+    for (id, node) in &nodes {
+        let status = node.status().await.map_err(|status| format!("node {id}: {status}"))?;
+        revision = revision.max(status.header.unwrap_or_default().revision);
+    }
+    let mut first: Option<BTreeMap<_, _>> = None;
+    for (id, node) in &nodes {
+        let found = node.at(revision).await.map_err(|status| format!("node {id}: {status}"))?;
+        let first = first.get_or_insert_with(|| found.clone());
+        if let Some((key, value)) = found.iter().find(|(key, value)| first.get(*key) != Some(*value)) {
+            return Err(format!("at revision {revision} node {id} has {key:?} = {value:?}, node 1 has not"));
+        }
+        if found.len() != first.len() {
+            return Err(format!("at revision {revision} node {id} has {} keys, node 1 {}", found.len(), first.len()));
+        }
+    }
+    Ok(first.map_or(0, |keys| keys.len()))
 }
 
 /// Whether what callers were told of their writes is what happened to the store.
-fn told_truly(operations: &[Operation], truth: &Truth) -> Result<(), String> {
+fn told_truly(operations: &[Operation], prefix: &str, truth: &Truth) -> Result<(), String> {
     let mut values: BTreeMap<(u64, &[u8]), Option<&[u8]>> = BTreeMap::new();
     let mut written: BTreeSet<&[u8]> = BTreeSet::new();
-    for change in truth.changes() {
+    // Leases and locks have keys of their own, whose values come again.
+    for change in truth.changes().iter().filter(|change| change.key.starts_with(prefix.as_bytes())) {
         let value = change.after.as_ref().map(|after| &after.value[..]);
         values.insert((change.revision, &change.key), value);
         if value.is_some_and(|value| !written.insert(value)) {
@@ -158,14 +281,21 @@ fn judge(cluster: &Cluster, history: &History) -> Result<(), String> {
     }
     println!("  answered {kinds:?}");
     println!("  not applied {}, unknown {}", count(Outcome::NotApplied), count(Outcome::Unknown));
-    println!("  faults {:?}", history.faults);
+    let mut faults: BTreeMap<&str, usize> = BTreeMap::new();
+    for event in &history.faults {
+        *faults.entry(event.name).or_default() += 1;
+    }
+    println!("  faults {faults:?}");
 
     let findings = history.watched.as_ref().map_err(|wrong| format!("watches: {wrong}"))?;
     println!(
         "  {} watches saw {} changes and {} bookmarks, resumed {} times; {} caches are as the store",
         findings.watches, findings.amount.changes, findings.amount.bookmarks, findings.amount.resumed, findings.caches
     );
-    let told = told_truly(&history.operations, &findings.truth);
+    println!("  leases: {:?}", history.tenants.clone().map_err(|wrong| format!("leases: {wrong}"))?);
+    println!("  locks: {:?}", history.contenders.clone().map_err(|wrong| format!("locks: {wrong}"))?);
+    println!("  all nodes have the same {} keys", history.same.clone().map_err(|wrong| format!("states: {wrong}"))?);
+    let told = told_truly(&history.operations, &history.prefix, &findings.truth);
 
     let path = cluster.directory().join("history.jsonl");
     history::write(&path, &history.operations).map_err(|error| format!("{}: {error}", path.display()))?;

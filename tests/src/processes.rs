@@ -1,10 +1,12 @@
 //! What the kernel tells of the server processes.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 /// The server processes that this one has started.
-pub(crate) fn servers() -> Vec<u32> {
+#[must_use]
+pub fn servers() -> Vec<u32> {
     let own = std::process::id();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let ids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -16,16 +18,36 @@ pub(crate) fn servers() -> Vec<u32> {
 }
 
 /// CPU time spent so far, in user and kernel mode.
-pub(crate) fn cpu_time(id: u32) -> Duration {
+#[must_use]
+pub fn cpu_time(id: u32) -> Duration {
     let ticks_per_second = rustix::param::clock_ticks_per_second();
     stat(id).map_or(Duration::ZERO, |fields| Duration::from_secs_f64(fields.cpu_ticks as f64 / ticks_per_second as f64))
 }
 
+/// Open descriptors.
+#[must_use]
+pub fn descriptors(id: u32) -> u64 {
+    fs::read_dir(format!("/proc/{id}/fd")).map_or(0, |entries| entries.count() as u64)
+}
+
 /// Resident memory.
-pub(crate) fn resident_bytes(id: u32) -> u64 {
+#[must_use]
+pub fn resident_bytes(id: u32) -> u64 {
     let pages = fs::read_to_string(format!("/proc/{id}/statm")).ok();
     let pages: Option<u64> = pages.and_then(|text| text.split_whitespace().nth(1)?.parse().ok());
     pages.unwrap_or(0) * rustix::param::page_size() as u64
+}
+
+/// Bytes of the files in a directory and below it. What vanishes meanwhile does not count.
+#[must_use]
+pub fn directory_bytes(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let sizes = entries.map(|entry| match entry.metadata() {
+        Ok(file) if file.is_dir() => directory_bytes(&entry.path()),
+        Ok(file) => file.len(),
+        Err(_) => 0,
+    });
+    sizes.sum()
 }
 
 struct Stat {
