@@ -16,6 +16,7 @@ mod keep_alives;
 mod load;
 mod watches;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
@@ -46,6 +47,9 @@ struct Arguments {
     /// How often the leader is killed; 0: never.
     #[arg(long, default_value_t = 20)]
     failovers: u32,
+    /// Where the distribution of the fail-overs is drawn, an SVG.
+    #[arg(long)]
+    failover_picture: Option<PathBuf>,
     /// How often one node and three nodes are started; 0: never.
     #[arg(long, default_value_t = 10)]
     starts: u32,
@@ -95,6 +99,9 @@ async fn main() {
     }
     if arguments.failovers > 0 {
         let times = failover::times(arguments.failovers).await;
+        if let Some(picture) = &arguments.failover_picture {
+            failover::draw(&times, picture).expect("the picture can be written");
+        }
         println!(
             "{}",
             failover::table(
