@@ -388,7 +388,10 @@ impl Shared {
                 let reply = R::reply(reply).ok_or_else(pipeline::unreadable)?;
                 target.answered(R::header(&reply), started.elapsed()).map(|()| reply)
             }
-            Word::Failed(failure) => Err(failure),
+            Word::Failed(failure) => {
+                self.connections.judge(&target.address, &waiting.connection, waiting.heard, &failure);
+                Err(failure)
+            }
             Word::Unary => self.attempt_unary(target, request.clone(), until, trace).boxed().await,
         }
     }
@@ -408,7 +411,7 @@ impl Shared {
             let connection = self.connection(address, until, started).await?;
             let operation = request.clone().into_operation();
             let submission = Submission::new(operation, bytes, trace.clone());
-            match Link::submit(self, address, &connection, submission, until.deadline) {
+            match Link::submit(self, address, connection, submission, until.deadline) {
                 Ok(waiting) => return Ok(Some(waiting)),
                 Err(Barred::Unary) => return Ok(None),
                 Err(Barred::Over) => {}
@@ -418,7 +421,12 @@ impl Shared {
     }
 
     /// The connection to a node, made if there is none.
-    async fn connection(&self, address: &Address, until: &Until<'_>, started: Instant) -> Result<Connection, Failure> {
+    async fn connection(
+        &self,
+        address: &Address,
+        until: &Until<'_>,
+        started: Instant,
+    ) -> Result<Arc<Connection>, Failure> {
         if let Some(connection) = self.connections.ready(address) {
             return Ok(connection);
         }
@@ -438,13 +446,16 @@ impl Shared {
     ) -> Result<R::Reply, Failure> {
         let started = Instant::now();
         let connection = self.connection(&target.address, until, started).await?;
+        let heard = connection.heard();
         let gate = Arc::new(Gate::default());
         let channel = GatedChannel { channel: connection.channel.clone(), gate: Arc::clone(&gate) };
         let exchange = exchange(channel, request, until.deadline, trace);
         let answer = tokio::select! {
             answer = exchange => answer,
             () = self.suspect_until(until.deadline) => {
-                return Err(Failure::Silent { sent: !gate.close(), after: started.elapsed() });
+                let failure = Failure::Silent { sent: !gate.close(), after: started.elapsed() };
+                self.connections.judge(&target.address, &connection, heard, &failure);
+                return Err(failure);
             }
             () = self.closed.cancelled() => return Err(Failure::Closed { sent: !gate.close() }),
             () = until.cancelled() => return Err(Failure::Cancelled { sent: !gate.close() }),
@@ -456,6 +467,8 @@ impl Shared {
                 if matches!(failure, Failure::NotSent(_) | Failure::Lost(_)) {
                     self.connections.discard(&target.address, &connection);
                 }
+                // The transport's own timer may have been faster.
+                self.connections.judge(&target.address, &connection, heard, &failure);
                 Err(failure)
             }
         }

@@ -4,6 +4,10 @@
 //! and it is certain that none of their requests was sent.
 //!
 //! All that runs for a connection is run by the client (`tasks`), so that it ends with it.
+//!
+//! A connection on which nothing at all was heard for the time of an attempt is given up: the next attempt has a new one.
+//! While an answer is overdue the client asks for the members over the same connection, so that only one is silent that
+//! leads nowhere, or whose node hangs. There is one in its place at a time, and no faster than attempts run out of time.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,11 +18,12 @@ use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::call::SUSPECT_AFTER;
 use crate::pipeline::Link;
-use crate::retry::Cause;
+use crate::retry::{Cause, Failure};
 use crate::tasks::Tasks;
 use crate::topology::Address;
-use crate::transport::{Connector, Security};
+use crate::transport::{Connector, Pulse, Security};
 
 /// A silent connection is noticed after interval plus timeout, also while nothing is in flight.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
@@ -27,11 +32,11 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 
-type Connecting = Shared<BoxFuture<'static, Result<Channel, Cause>>>;
+type Connecting = Shared<BoxFuture<'static, Result<(Channel, Pulse), Cause>>>;
 
 enum Slot {
     Connecting(u64, Connecting),
-    Ready(Connection),
+    Ready(Arc<Connection>),
 }
 
 impl Slot {
@@ -44,12 +49,28 @@ impl Slot {
 }
 
 /// A channel with its pipeline, and which one of its address it is.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) channel: Channel,
     pub(crate) link: Arc<Link>,
+    pulse: Pulse,
     generation: u64,
 }
+
+impl Connection {
+    fn new(channel: Channel, pulse: Pulse, generation: u64) -> Arc<Self> {
+        Arc::new(Self { channel, link: Arc::default(), pulse, generation })
+    }
+
+    /// To be compared with what is heard later.
+    pub(crate) fn heard(&self) -> Heard {
+        Heard(self.pulse.beats())
+    }
+}
+
+/// What had been heard on a connection at some moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Heard(u64);
 
 /// The channels of a client.
 pub(crate) struct Connections {
@@ -71,19 +92,19 @@ impl Connections {
     }
 
     /// The connection to `address`, if there is one.
-    pub(crate) fn ready(&self, address: &Address) -> Option<Connection> {
+    pub(crate) fn ready(&self, address: &Address) -> Option<Arc<Connection>> {
         match self.slots.lock().by_address.get(address) {
-            Some(Slot::Ready(connection)) => Some(connection.clone()),
+            Some(Slot::Ready(connection)) => Some(Arc::clone(connection)),
             _ => None,
         }
     }
 
     /// The connection to `address`, made if there is none.
-    pub(crate) async fn get(&self, address: &Address) -> Result<Connection, Cause> {
+    pub(crate) async fn get(&self, address: &Address) -> Result<Arc<Connection>, Cause> {
         let (generation, connecting) = {
             let mut slots = self.slots.lock();
             match slots.by_address.get(address) {
-                Some(Slot::Ready(connection)) => return Ok(connection.clone()),
+                Some(Slot::Ready(connection)) => return Ok(Arc::clone(connection)),
                 Some(Slot::Connecting(generation, connecting)) => (*generation, connecting.clone()),
                 None => {
                     slots.next_generation += 1;
@@ -98,14 +119,14 @@ impl Connections {
         let mut slots = self.slots.lock();
         match (slots.by_address.get(address), connected) {
             // Somebody else who waited was faster, so that there is one pipeline for all.
-            (Some(Slot::Ready(connection)), Ok(_)) if connection.generation == generation => Ok(connection.clone()),
-            (Some(slot), Ok(channel)) if slot.generation() == generation => {
-                let connection = Connection { channel, link: Arc::default(), generation };
-                slots.by_address.insert(address.clone(), Slot::Ready(connection.clone()));
+            (Some(Slot::Ready(connection)), Ok(_)) if connection.generation == generation => Ok(Arc::clone(connection)),
+            (Some(slot), Ok((channel, pulse))) if slot.generation() == generation => {
+                let connection = Connection::new(channel, pulse, generation);
+                slots.by_address.insert(address.clone(), Slot::Ready(Arc::clone(&connection)));
                 Ok(connection)
             }
             // Given up meanwhile; whoever waited may use it nevertheless.
-            (_, Ok(channel)) => Ok(Connection { channel, link: Arc::default(), generation }),
+            (_, Ok((channel, pulse))) => Ok(Connection::new(channel, pulse, generation)),
             (slot, Err(cause)) => {
                 if slot.is_some_and(|slot| slot.generation() == generation) {
                     slots.by_address.remove(address);
@@ -119,7 +140,8 @@ impl Connections {
         let timeout = self.connect_timeout;
         let scheme = if self.security.is_on() { "https" } else { "http" };
         let endpoint = Endpoint::from_shared(format!("{scheme}://{address}"));
-        let (connector, hearing) = Connector::new(self.security.clone(), timeout);
+        let pulse = Pulse::default();
+        let (connector, hearing) = Connector::new(self.security.clone(), timeout, pulse.clone());
         let tasks = self.tasks.clone();
         let connect = async move {
             let endpoint = endpoint
@@ -134,7 +156,7 @@ impl Connections {
             let connecting = async {
                 let channel = endpoint.connect_with_connector(connector).await.map_err(Cause::of)?;
                 hearing.await.unwrap_or_else(|_| Err(Cause::text("the connection ended before the server spoke")))?;
-                Ok(channel)
+                Ok((channel, pulse))
             };
             match tokio::time::timeout(timeout, connecting).await {
                 Ok(connected) => connected,
@@ -147,7 +169,19 @@ impl Connections {
         async move { connecting.await.ok().flatten().unwrap_or_else(|| Err(gone())) }.boxed().shared()
     }
 
-    /// Gives up a connection that broke; the next request makes a new one.
+    /// Takes note of an attempt over `connection` that failed; `heard` is from when it began. Without a sound since then,
+    /// the connection is given up.
+    pub(crate) fn judge(&self, address: &Address, connection: &Connection, heard: Heard, failure: &Failure) {
+        if let Failure::Silent { after, .. } = failure
+            && *after >= SUSPECT_AFTER
+            && connection.heard() == heard
+        {
+            tracing::debug!(%address, ?after, "a silent connection is given up");
+            self.discard(address, connection);
+        }
+    }
+
+    /// Gives up a connection that broke; the next request makes a new one. This one ends once what is in flight has.
     pub(crate) fn discard(&self, address: &Address, connection: &Connection) {
         {
             let mut slots = self.slots.lock();

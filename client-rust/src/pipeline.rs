@@ -31,7 +31,7 @@ use tonic_prost::ProstCodec;
 
 use crate::call::{REPLY_BYTES_MAX, SUSPECT_AFTER, stream_failure};
 use crate::client::Shared;
-use crate::connection::Connection;
+use crate::connection::{Connection, Heard};
 use crate::retry::{Cause, Failure};
 use crate::topology::Address;
 
@@ -134,11 +134,12 @@ impl Link {
     pub(crate) fn submit(
         shared: &Arc<Shared>,
         address: &Address,
-        connection: &Connection,
+        connection: Arc<Connection>,
         submission: Submission,
         deadline: Instant,
     ) -> Result<Waiting, Barred> {
         let link = &connection.link;
+        let heard = connection.heard();
         let (slot, word) = oneshot::channel();
         let pending = Pending { slot, begun: Instant::now(), deadline, cancelled: false };
         let (id, first, sender) = {
@@ -162,13 +163,13 @@ impl Link {
         };
         if first {
             let carrier =
-                Carrier { shared: Arc::clone(shared), address: address.clone(), connection: connection.clone() };
+                Carrier { shared: Arc::clone(shared), address: address.clone(), connection: Arc::clone(&connection) };
             shared.tasks.spawn(carrier.run());
         }
         if let Some(sender) = sender {
             sender.wake();
         }
-        Ok(Waiting { link: Arc::clone(link), id, word, over: false })
+        Ok(Waiting { connection, heard, id, word, over: false })
     }
 
     /// Lets the link end once it has sent and answered what it has.
@@ -389,7 +390,9 @@ pub(crate) fn unreadable() -> Failure {
 /// the node, as advice.
 #[derive(Debug)]
 pub(crate) struct Waiting {
-    link: Arc<Link>,
+    pub(crate) connection: Arc<Connection>,
+    /// What had been heard on the connection before.
+    pub(crate) heard: Heard,
     id: u64,
     word: oneshot::Receiver<Word>,
     over: bool,
@@ -406,21 +409,22 @@ impl Waiting {
 
     /// Takes the operation back. True if nothing of it was sent, nor ever will be.
     pub(crate) fn withdraw(&mut self) -> bool {
-        let withdrawn = self.link.withdraw(self.id);
+        let withdrawn = self.connection.link.withdraw(self.id);
         self.over |= withdrawn;
         withdrawn
     }
 
     /// Asks the node to cancel the operation, which has its word all the same.
     pub(crate) fn cancel(&self) {
-        self.link.cancel(self.id, false);
+        self.connection.link.cancel(self.id, false);
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if !self.over && !self.link.withdraw(self.id) {
-            self.link.cancel(self.id, true);
+        let link = &self.connection.link;
+        if !self.over && !link.withdraw(self.id) {
+            link.cancel(self.id, true);
         }
     }
 }
@@ -459,7 +463,7 @@ impl Stream for Outgoing {
 struct Carrier {
     shared: Arc<Shared>,
     address: Address,
-    connection: Connection,
+    connection: Arc<Connection>,
 }
 
 /// Why a stream ended.

@@ -1,4 +1,4 @@
-//! What is below HTTP/2: TCP, TLS if it was asked for, and the news whether the server spoke.
+//! What is below HTTP/2: TCP, TLS if it was asked for, and the news whether the server spoke, and speaks.
 //!
 //! A connection counts as made once the server has said something on it, as HTTP/2 makes it do at once. Before, much can
 //! still turn out: a server refuses a client's certificate only after the client thinks the handshake done, one that
@@ -8,6 +8,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -35,6 +36,20 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 /// Tells whether the server spoke, or why it did not.
 type Heard = oneshot::Sender<Result<(), Cause>>;
 
+/// Counts what comes from the server on the connections below one channel, whatever it is.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pulse(Arc<AtomicU64>);
+
+impl Pulse {
+    pub(crate) fn beats(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn beat(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// Makes the connections below one channel, which makes a new one when the last has ended.
 #[derive(Clone)]
 pub(crate) struct Connector {
@@ -42,18 +57,23 @@ pub(crate) struct Connector {
     security: Security,
     /// For the first connection; the channel knows by itself what becomes of later ones.
     heard: Arc<Mutex<Option<Heard>>>,
+    pulse: Pulse,
 }
 
 impl Connector {
     /// A connector, and what tells whether its first connection was made.
-    pub(crate) fn new(security: Security, connect_timeout: Duration) -> (Self, oneshot::Receiver<Result<(), Cause>>) {
+    pub(crate) fn new(
+        security: Security,
+        connect_timeout: Duration,
+        pulse: Pulse,
+    ) -> (Self, oneshot::Receiver<Result<(), Cause>>) {
         let (heard, hearing) = oneshot::channel();
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         // Shared among the addresses that a name may have.
         tcp.set_connect_timeout(Some(connect_timeout));
-        (Self { tcp, security, heard: Arc::new(Mutex::new(Some(heard))) }, hearing)
+        (Self { tcp, security, heard: Arc::new(Mutex::new(Some(heard))), pulse }, hearing)
     }
 }
 
@@ -69,11 +89,11 @@ impl Service<Uri> for Connector {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let connecting = self.tcp.call(uri.clone());
         let security = self.security.clone();
-        let heard = self.heard.lock().take();
+        let (heard, pulse) = (self.heard.lock().take(), self.pulse.clone());
         Box::pin(async move {
             let tcp: TcpStream = connecting.await?.into_inner();
             let stream = security.secure(tcp, uri.host().unwrap_or_default()).await?;
-            Ok(TokioIo::new(Wire { stream, security, heard }))
+            Ok(TokioIo::new(Wire { stream, security, heard, pulse }))
         })
     }
 }
@@ -84,6 +104,7 @@ pub(crate) struct Wire {
     security: Security,
     /// Until the server has spoken.
     heard: Option<Heard>,
+    pulse: Pulse,
 }
 
 /// The first byte of an alert, with which a server that speaks TLS refuses whoever does not.
@@ -107,6 +128,7 @@ impl AsyncRead for Wire {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
+        self.pulse.beat();
         if self.heard.is_some() {
             let judged = self.judge(&read, &buffer.filled()[before..]);
             if let Some(heard) = self.heard.take() {

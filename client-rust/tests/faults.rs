@@ -4,14 +4,19 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use d_engine_client::{Client, Consistency, ErrorKind, KeyRange, NodeId, Outcome};
 use d_engine_proto::{ErrorCode, v1};
+use futures_util::future::join_all;
 use support::{
     Behaviour, FakeNode, PATIENCE, builder, client, cluster, elect, eventually, introduce, not_leader, refusal,
 };
-use tokio::net::TcpListener;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 #[tokio::test]
 async fn one_seed_is_enough_to_find_leader_and_members() {
@@ -157,6 +162,85 @@ async fn a_port_that_accepts_and_never_answers_costs_no_more_than_the_deadline()
     assert_eq!(write.kind(), ErrorKind::Unavailable, "no leader became known: {write}");
     assert_eq!(write.outcome(), Outcome::NotApplied, "so nothing was sent: {write}");
     assert_eq!((read.kind(), read.outcome()), (ErrorKind::DeadlineExceeded, Outcome::NotApplied), "{read}");
+}
+
+/// A way to a node whose connections can be made to swallow everything, in both directions, without a word.
+struct Muffler {
+    address: String,
+    connections: Arc<AtomicUsize>,
+    muffled: watch::Sender<usize>,
+}
+
+impl Muffler {
+    async fn before(node: &FakeNode) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (connections, muffled) = (Arc::new(AtomicUsize::new(0)), watch::Sender::new(0));
+        let (target, accepted, muffle) = (node.address.clone(), Arc::clone(&connections), muffled.subscribe());
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let number = accepted.fetch_add(1, Ordering::Relaxed);
+                let Ok(mut server) = TcpStream::connect(&target).await else { continue };
+                let mut muffle = muffle.clone();
+                tokio::spawn(async move {
+                    let muffled = async { muffle.wait_for(|below| number < *below).await.is_ok() };
+                    let is_muffled = tokio::select! {
+                        _ = copy_bidirectional(&mut client, &mut server) => false,
+                        is_muffled = muffled => is_muffled,
+                    };
+                    if is_muffled {
+                        std::future::pending::<()>().await;
+                    }
+                });
+            }
+        });
+        Self { address, connections, muffled }
+    }
+
+    fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Muffles what there is; later connections are well.
+    fn muffle(&self) {
+        self.muffled.send_replace(self.connections());
+    }
+}
+
+/// A node behind a muffler, and a client that has its session with it.
+async fn muffled_node(timeout: Duration) -> (Vec<FakeNode>, Muffler, Client) {
+    let mut nodes = vec![FakeNode::start(1)];
+    let muffler = Muffler::before(&nodes[0]).await;
+    nodes[0].address.clone_from(&muffler.address);
+    introduce(&nodes);
+    elect(&nodes, 0, 1);
+    let client = client(&[&nodes[0]], timeout);
+    client.put("warm", "").await.unwrap();
+    assert_eq!(muffler.connections(), 1);
+    (nodes, muffler, client)
+}
+
+#[tokio::test]
+async fn a_connection_on_which_nothing_is_heard_is_replaced_by_one_for_all_calls() {
+    // Shorter than what the keep-alive takes to notice.
+    let (nodes, muffler, client) = muffled_node(Duration::from_secs(4)).await;
+    muffler.muffle();
+    let answers = join_all((0..100).map(|number| client.put(format!("k{number}"), "v").into_future())).await;
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    assert_eq!(muffler.connections(), 2, "one in its place, for all");
+    let store = nodes[0].store();
+    assert!((0..100).all(|number| store.lock().version(&format!("k{number}")) == 1));
+}
+
+#[tokio::test]
+async fn a_node_that_is_slow_to_answer_keeps_its_connection() {
+    let (nodes, muffler, client) = muffled_node(Duration::from_secs(8)).await;
+    nodes[0].behave(Behaviour::Silent);
+    let slow = tokio::spawn(client.put("k", "v").into_future());
+    eventually("the put is repeated", || client.stats().retries > 0).await;
+    nodes[0].behave(Behaviour::Serve);
+    slow.await.unwrap().unwrap();
+    assert_eq!(muffler.connections(), 1, "the client asked for news over it, and was answered");
 }
 
 #[tokio::test]
@@ -387,7 +471,7 @@ async fn kill(node: FakeNode, client: &Client) {
     let address = node.address.clone();
     drop(node);
     let noticed = async {
-        while tokio::net::TcpStream::connect(&address).await.is_ok() {}
+        while TcpStream::connect(&address).await.is_ok() {}
         while client.status(&address).await.is_ok() {}
     };
     tokio::time::timeout(PATIENCE, noticed).await.unwrap();
