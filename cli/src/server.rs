@@ -158,7 +158,7 @@ pub(crate) fn run(args: &ServerArgs) -> Result<(), Failure> {
         // Before anything slow: from here on a signal means a graceful stop.
         let told_to_stop = stop_signal().map_err(Failure::io("cannot listen for signals"))?;
         let node = Node::start(config).await.map_err(|error| Failure::Server(format!("cannot start: {error}")))?;
-        node.run(told_to_stop).await.map_err(|error| Failure::Server(format!("stopped by a fault: {error}")))
+        node.run_until(told_to_stop).await.map_err(|error| Failure::Server(format!("stopped by a fault: {error}")))
     });
     // While the runtime goes on: it does the sending.
     drop(export);

@@ -6,13 +6,17 @@
 //! Everything generated is checked in, so that a user of the crate needs no protobuf compiler; `make generate`
 //! rewrites it and a test fails when it is stale.
 
+mod change;
 mod error;
 mod numbers;
+mod time_to_live;
 mod trace;
 mod vocabulary;
 
+pub use change::WatchEvent;
 pub use error::{DetailedStatus, RetryWhere};
 pub use numbers::{Epoch, LeaseId, LogIndex, NodeId, Revision, SessionId, Term};
+pub use time_to_live::TimeToLive;
 pub use trace::TRACEPARENT;
 pub use vocabulary::{ErrorCode, defaults, limits};
 

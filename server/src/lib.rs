@@ -7,6 +7,7 @@
 pub mod clock;
 pub mod config;
 pub mod consensus;
+pub mod embedded;
 pub mod engine;
 #[cfg(feature = "fault-points")]
 pub mod faults;

@@ -1,22 +1,29 @@
 //! One node, put together: ports, storage, consensus, services; started, run and stopped as a whole.
 
+mod builder;
+
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use d_engine_proto::{NodeId, v1};
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
-use crate::engine::{Engine, EngineConfig, ReadPolicy};
+use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy};
 use crate::metrics::Metrics;
 use crate::monitoring;
 use crate::services::{self, ServeError};
+use crate::state_machine::StateMachine;
 use crate::state_machine::kv::KvStateMachine;
-use crate::storage::{RocksDBStorageEngine, StorageError};
+use crate::storage::{RocksDBStorageEngine, StorageEngine, StorageError};
 use crate::tls::{Tls, TlsError};
+
+pub use builder::{NodeBuilder, StateMachineHandle, StorageHandle};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
 const LOG_DIRECTORY: &str = "log";
@@ -46,12 +53,59 @@ pub enum NodeError {
     },
 }
 
+/// The way to a node's state machine.
+#[derive(Clone)]
+pub(crate) enum Door {
+    /// The key-value store.
+    Kv(Engine),
+    /// An application's own.
+    Custom(CustomEngine),
+}
+
+impl Door {
+    pub(crate) fn consensus(&self) -> &Consensus {
+        match self {
+            Self::Kv(engine) => engine.consensus(),
+            Self::Custom(engine) => engine.consensus(),
+        }
+    }
+
+    pub(crate) fn problem(&self) -> Option<String> {
+        match self {
+            Self::Kv(engine) => engine.problem(),
+            Self::Custom(engine) => engine.problem(),
+        }
+    }
+}
+
+/// What a node is made of besides its configuration.
+#[derive(Default)]
+struct Parts {
+    /// `None`: RocksDB below `cluster.db_root_dir`.
+    storage: Option<StorageHandle>,
+    /// `None`: the key-value store below `cluster.db_root_dir`.
+    state_machine: Option<StateMachineHandle>,
+}
+
+/// The state machine of a node that starts.
+enum Machine {
+    Kv(Arc<KvStateMachine>),
+    Custom(Arc<dyn StateMachine>),
+}
+
+/// How long the end of a node waits until nobody holds its storage any more.
+const RELEASE_MAX: Duration = Duration::from_secs(2);
+
 /// A running node. Dropping it without [`stop`](Self::stop) leaves its tasks running until the runtime ends.
 pub struct Node {
-    engine: Engine,
+    door: Door,
     stop: watch::Sender<bool>,
-    serving: JoinHandle<Result<(), ServeError>>,
+    /// `None`: the node has no port.
+    serving: Option<JoinHandle<Result<(), ServeError>>>,
     monitoring: Option<JoinHandle<Result<(), ServeError>>>,
+    /// What the program that built it tells it to stop by.
+    told_to_stop: BoxFuture<'static, ()>,
+    held: Held,
 }
 
 impl Node {
@@ -61,11 +115,19 @@ impl Node {
     /// # Errors
     /// When a port or a directory cannot be used, or the directory is another node's.
     pub async fn start(config: RaftNodeConfig) -> Result<Self, NodeError> {
+        NodeBuilder::new(config).start().await
+    }
+
+    /// As [`start`](Self::start); with a port only if it `serves`.
+    async fn assemble(config: RaftNodeConfig, parts: Parts, serves: bool) -> Result<Self, NodeError> {
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
         let listen_address = config.cluster.listen_address.as_deref().unwrap_or(DEFAULT_LISTEN_ADDRESS);
-        let listener = services::bind(listen_address).await?;
+        let listener = match serves {
+            true => Some(services::bind(listen_address).await?),
+            false => None,
+        };
         let monitoring_listener = match &config.monitoring.listen_address {
             Some(address) => Some(services::bind(address).await?),
             None => None,
@@ -79,11 +141,19 @@ impl Node {
             }
             false => None,
         };
-        let (log, state_machine) = blocking("opening the data directories", move || open(&root)).await??;
-        let kv = Arc::new(state_machine);
-        let consensus_config = consensus_config(&config);
+        let (own_log, own_state) = (parts.storage.is_none(), parts.state_machine.is_none());
+        let (storage, machine) = blocking("opening the data directories", move || open(&root, parts)).await??;
+        let state_machine: Arc<dyn StateMachine> = match &machine {
+            Machine::Kv(kv) => kv.clone(),
+            Machine::Custom(custom) => custom.clone(),
+        };
+        let held = Held {
+            storage: own_log.then(|| Arc::downgrade(&storage)),
+            state_machine: own_state.then(|| Arc::downgrade(&state_machine)),
+        };
+        let consensus_config = consensus_config(&config, serves);
         let (consensus, peers) =
-            Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone(), tls.clone()).await?;
+            Consensus::start(consensus_config, storage, state_machine, metrics.clone(), tls.clone()).await?;
         let read_policy = ReadPolicy {
             default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
@@ -95,7 +165,10 @@ impl Node {
             history_retention: Some(config.raft.state_machine.history_retention).filter(|time| !time.is_zero()),
             data_directories: vec![config.cluster.db_root_dir.clone()],
         };
-        let engine = Engine::new(consensus, kv, engine_config, metrics.clone());
+        let door = match machine {
+            Machine::Kv(kv) => Door::Kv(Engine::new(consensus, kv, engine_config, metrics.clone())),
+            Machine::Custom(custom) => Door::Custom(CustomEngine::new(consensus, custom, read_policy)),
+        };
 
         let (stop, stopped) = watch::channel(false);
         if let Some(tls) = tls.clone() {
@@ -107,33 +180,63 @@ impl Node {
                 }
             });
         }
-        let told_to_stop = asked(stopped.clone());
-        let serving = services::serve(listener, engine.clone(), peers, &config, tls, metrics.clone(), told_to_stop);
-        let serving = tokio::spawn(serving);
-        let monitoring = monitoring_listener
-            .map(|listener| tokio::spawn(monitoring::serve(listener, engine.clone(), metrics, asked(stopped))));
+        let serving = listener.map(|listener| {
+            let (tls, metrics, told_to_stop) = (tls.clone(), metrics.clone(), asked(stopped.clone()));
+            match &door {
+                Door::Kv(engine) => {
+                    tokio::spawn(services::serve(listener, engine.clone(), peers, &config, tls, metrics, told_to_stop))
+                }
+                Door::Custom(_) => {
+                    tokio::spawn(services::serve_peers(listener, peers, &config, tls, metrics, told_to_stop))
+                }
+            }
+        });
+        let monitoring = monitoring_listener.map(|listener| match &door {
+            Door::Kv(engine) => tokio::spawn(monitoring::serve(listener, engine.clone(), metrics, asked(stopped))),
+            Door::Custom(engine) => {
+                tokio::spawn(monitoring::serve_custom(listener, engine.clone(), metrics, asked(stopped)))
+            }
+        });
         tracing::info!(
             node = config.cluster.node_id,
-            address = listen_address,
+            address = if serves { listen_address } else { "none" },
             data = %config.cluster.db_root_dir.display(),
             tls = config.tls.is_on(),
             "node started"
         );
-        Ok(Self { engine, stop, serving, monitoring })
+        let told_to_stop = Box::pin(std::future::pending());
+        Ok(Self { door, stop, serving, monitoring, told_to_stop, held })
     }
 
-    /// The node's engine, for embedded use.
+    /// The engine over the key-value store; `None` when the state machine is the application's own.
     #[must_use]
-    pub fn engine(&self) -> &Engine {
-        &self.engine
+    pub fn engine(&self) -> Option<&Engine> {
+        match &self.door {
+            Door::Kv(engine) => Some(engine),
+            Door::Custom(_) => None,
+        }
+    }
+
+    pub(crate) fn door(&self) -> &Door {
+        &self.door
+    }
+
+    /// Runs until the signal that [`NodeBuilder::init`] was given, then stops gracefully; or until the node cannot go
+    /// on. Without a signal it runs for good.
+    ///
+    /// # Errors
+    /// The reason why the node could not go on.
+    pub async fn run(mut self) -> Result<(), NodeError> {
+        let told_to_stop = std::mem::replace(&mut self.told_to_stop, Box::pin(std::future::pending()));
+        self.run_until(told_to_stop).await
     }
 
     /// Runs until `shutdown` is ready, then stops gracefully; or until the node cannot go on.
     ///
     /// # Errors
     /// The reason why the node could not go on.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
-        let mut failure = self.engine.consensus().failure();
+    pub async fn run_until(mut self, shutdown: impl Future<Output = ()>) -> Result<(), NodeError> {
+        let mut failure = self.door.consensus().failure();
         let failed = async {
             match failure.wait_for(Option::is_some).await.ok().and_then(|failure| failure.clone()) {
                 Some(failure) => failure,
@@ -143,7 +246,7 @@ impl Node {
         let ended = tokio::select! {
             () = shutdown => Ok(()),
             failure = failed => Err(failure.into()),
-            served = &mut self.serving => match served {
+            served = served(&mut self.serving) => match served {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(error.into()),
                 Err(_) => Err(NodeError::Panicked { what: "the gRPC server" }),
@@ -157,15 +260,54 @@ impl Node {
     pub async fn stop(self) {
         tracing::info!("stopping");
         // Consensus first: it still needs the peers, and callers are better told by it than by a closed port.
-        self.engine.consensus().stop().await;
+        self.door.consensus().stop().await;
         self.stop.send_replace(true);
-        if !self.serving.is_finished() {
-            let _ = self.serving.await;
+        if let Some(serving) = self.serving.filter(|serving| !serving.is_finished()) {
+            let _ = serving.await;
         }
         if let Some(monitoring) = self.monitoring {
             let _ = monitoring.await;
         }
+        drop(self.door);
+        self.held.released().await;
         tracing::info!("stopped");
+    }
+}
+
+/// What keeps the data directories open that the node opened itself. Tasks that were told to end let go of it a little
+/// later.
+struct Held {
+    storage: Option<Weak<dyn StorageEngine>>,
+    state_machine: Option<Weak<dyn StateMachine>>,
+}
+
+impl Held {
+    fn is_any(&self) -> bool {
+        self.storage.as_ref().is_some_and(|storage| storage.strong_count() > 0)
+            || self.state_machine.as_ref().is_some_and(|state_machine| state_machine.strong_count() > 0)
+    }
+
+    /// Waits until the directories can be opened again, or [`RELEASE_MAX`] is over: who watches or reads may hold on.
+    async fn released(&self) {
+        let mut pace = tokio::time::interval(Duration::from_millis(1));
+        let gone = async {
+            while self.is_any() {
+                pace.tick().await;
+            }
+        };
+        if tokio::time::timeout(RELEASE_MAX, gone).await.is_err() {
+            tracing::warn!("the data directories stay open: something of this process still reads or watches");
+        }
+    }
+}
+
+/// Ready when the port is served no more; never without one.
+async fn served(
+    serving: &mut Option<JoinHandle<Result<(), ServeError>>>,
+) -> Result<Result<(), ServeError>, tokio::task::JoinError> {
+    match serving {
+        Some(serving) => serving.await,
+        None => std::future::pending().await,
     }
 }
 
@@ -181,17 +323,23 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::Panicked { what })
 }
 
-fn open(root: &Path) -> Result<(RocksDBStorageEngine, KvStateMachine), StorageError> {
+fn open(root: &Path, parts: Parts) -> Result<(Arc<dyn StorageEngine>, Machine), StorageError> {
     let create = |directory: PathBuf| match std::fs::create_dir_all(&directory) {
         Ok(()) => Ok(directory),
         Err(error) => Err(StorageError::Io { action: "create", path: directory, message: error.to_string() }),
     };
-    let log = RocksDBStorageEngine::open(create(root.join(LOG_DIRECTORY))?)?;
-    let state_machine = KvStateMachine::open(&create(root.join(STATE_DIRECTORY))?)?;
-    Ok((log, state_machine))
+    let log = match parts.storage {
+        Some(storage) => storage.0,
+        None => Arc::new(RocksDBStorageEngine::open(create(root.join(LOG_DIRECTORY))?)?),
+    };
+    let machine = match parts.state_machine {
+        Some(state_machine) => state_machine.0,
+        None => Machine::Kv(Arc::new(KvStateMachine::open(&create(root.join(STATE_DIRECTORY))?)?)),
+    };
+    Ok((log, machine))
 }
 
-fn consensus_config(config: &RaftNodeConfig) -> ConsensusConfig {
+fn consensus_config(config: &RaftNodeConfig, serves: bool) -> ConsensusConfig {
     let initial_cluster = config
         .cluster
         .initial_cluster
@@ -205,7 +353,8 @@ fn consensus_config(config: &RaftNodeConfig) -> ConsensusConfig {
     ConsensusConfig {
         node_id: NodeId(config.cluster.node_id),
         initial_cluster,
-        client_address: config.cluster.advertise_address.clone().unwrap_or_default(),
+        // Nobody is told of a port that is not there.
+        client_address: config.cluster.advertise_address.clone().filter(|_| serves).unwrap_or_default(),
         application_address: config.cluster.application_address.clone(),
         timings: config.raft.timings(),
         pending_bytes_max: config.raft.backpressure.max_pending_bytes,

@@ -11,13 +11,16 @@
 //!
 //! What has earned its right and every write then waits until nothing is due any more: see `expiry`.
 
+mod custom;
 mod error;
 mod expiry;
 mod history;
 mod leases;
+mod local;
 mod maintenance;
 mod pipeline;
 mod reads;
+mod refusal;
 mod renewals;
 mod sessions;
 mod status;
@@ -29,14 +32,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use d_engine_proto::{NodeId, Revision, limits, v1};
+use d_engine_proto::{Revision, limits, v1};
 use tokio::task::JoinSet;
 
+pub use custom::CustomEngine;
 pub use error::EngineError;
 pub(crate) use pipeline::{Answered, Pipeline};
 pub use status::VERSION;
 
-use crate::consensus::{Consensus, LeaderInfo, Role};
+use crate::consensus::{Consensus, LeaderInfo};
 use crate::metrics::Metrics;
 use crate::state_machine::kv::KvStateMachine;
 use crate::watch::{Hub, HubSettings};
@@ -54,6 +58,18 @@ pub struct ReadPolicy {
     pub default: v1::Consistency,
     /// Whether a request may ask for another.
     pub allow_client_override: bool,
+}
+
+impl ReadPolicy {
+    /// The policy by which a read is served that asks for one.
+    fn choose(self, asked: v1::Consistency) -> Result<v1::Consistency, EngineError> {
+        let Self { default, allow_client_override } = self;
+        match asked {
+            v1::Consistency::Unspecified => Ok(default),
+            asked if asked == default || allow_client_override => Ok(asked),
+            _ => Err(EngineError::PolicyFixed { default }),
+        }
+    }
 }
 
 /// What an engine does by itself, and what it lets its callers do.
@@ -150,32 +166,19 @@ impl Engine {
     }
 
     fn leader_hint(&self) -> Option<v1::LeaderHint> {
-        let leader = self.inner.consensus.leader()?;
-        let membership = self.inner.consensus.membership();
-        let member = membership.get(NodeId(leader.leader_id))?;
-        Some(v1::LeaderHint {
-            node_id: leader.leader_id,
-            client_address: member.client_address.clone(),
-            application_address: member.application_address.clone(),
-            term: leader.term,
-        })
+        refusal::leader_hint(&self.inner.consensus)
     }
 
     pub(crate) fn not_leader(&self) -> EngineError {
-        let node = self.inner.consensus.node_id();
-        EngineError::NotLeader { node, hint: self.leader_hint().filter(|hint| hint.node_id != node.get()) }
+        refusal::not_leader(&self.inner.consensus)
     }
 
-    /// For what only a leader does that has begun its reign.
     fn not_leading(&self) -> EngineError {
-        match self.inner.consensus.role() {
-            Role::Leader => self.unavailable("its leadership is not confirmed by a quorum"),
-            _ => self.not_leader(),
-        }
+        refusal::not_leading(&self.inner.consensus)
     }
 
     pub(crate) fn unavailable(&self, reason: impl Into<String>) -> EngineError {
-        EngineError::Unavailable { node: self.inner.consensus.node_id(), reason: reason.into() }
+        refusal::unavailable(&self.inner.consensus, reason)
     }
 }
 

@@ -6,8 +6,8 @@ use d_engine_proto::{Revision, v1};
 use prost::Message;
 
 use super::expiry::is_due;
-use super::{Deadline, Engine, EngineError, ReadPolicy, check_size, late};
-use crate::consensus::{ReadIndexError, Role};
+use super::{Deadline, Engine, EngineError, check_size, late, refusal};
+use crate::consensus::Role;
 use crate::state_machine::StoreTime;
 use crate::state_machine::kv::{self, KvError, PastStore, ReadError, ReadPoint, Store};
 
@@ -95,12 +95,7 @@ impl Engine {
 
     /// The policy by which a read is served.
     pub(super) fn policy(&self, asked: v1::Consistency) -> Result<v1::Consistency, EngineError> {
-        let ReadPolicy { default, allow_client_override } = self.inner.config.read_policy;
-        match asked {
-            v1::Consistency::Unspecified => Ok(default),
-            asked if asked == default || allow_client_override => Ok(asked),
-            _ => Err(EngineError::PolicyFixed { default }),
-        }
+        self.inner.config.read_policy.choose(asked)
     }
 
     /// Earns the right to answer reads that have arrived from memory; and the store time by which they may show nothing
@@ -126,7 +121,7 @@ impl Engine {
             return Err(self.not_leader());
         }
         match tokio::time::timeout_at(deadline, earned).await {
-            Ok(earned) => earned.map_err(|error| self.explain_read(error)),
+            Ok(earned) => earned.map_err(|error| refusal::explain_read(&self.inner.consensus, error)),
             Err(_) => Err(late("a quorum to confirm the leader")),
         }
     }
@@ -146,14 +141,6 @@ impl Engine {
     pub(super) fn behind(&self, minimum: Revision) -> EngineError {
         let applied = *self.inner.kv.revisions().borrow();
         EngineError::Behind { node: self.inner.consensus.node_id(), applied, minimum }
-    }
-
-    fn explain_read(&self, error: ReadIndexError) -> EngineError {
-        match error {
-            ReadIndexError::NoLeader => self.unavailable(error.to_string()),
-            ReadIndexError::Unconfirmed { reason } => self.unavailable(reason),
-            ReadIndexError::Overloaded { .. } => EngineError::Overloaded { reason: error.to_string() },
-        }
     }
 }
 

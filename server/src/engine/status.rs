@@ -2,7 +2,7 @@
 
 use d_engine_proto::v1;
 
-use super::Engine;
+use super::{Engine, refusal};
 use crate::consensus::Role;
 use crate::metrics::Figures;
 use crate::storage::disk_bytes;
@@ -61,13 +61,7 @@ impl Engine {
     /// Why this node does not serve; `None` if it does.
     #[must_use]
     pub fn problem(&self) -> Option<String> {
-        if let Some(failure) = &*self.inner.consensus.failure().borrow() {
-            return Some(failure.to_string());
-        }
-        if self.inner.consensus.cluster_id().is_none() {
-            return Some("the cluster is not formed yet: waiting for its initial members".to_owned());
-        }
-        self.inner.consensus.leader().is_none().then(|| "no leader is known: waiting for a quorum".to_owned())
+        refusal::problem(&self.inner.consensus)
     }
 
     /// What a scrape of the metrics asks for.

@@ -2,12 +2,12 @@
 
 use bytes::{Bytes, BytesMut};
 use d_engine_proto::v1::{self, command::Command as Change, command_reply::Reply, txn_operation::Operation};
-use d_engine_proto::{ErrorCode, Revision, limits};
+use d_engine_proto::{ErrorCode, Revision};
 use prost::Message;
 use tracing::Instrument;
 
 use super::reads::check_txn;
-use super::{Deadline, Engine, EngineError, TURN, check_size, late, sessions};
+use super::{Deadline, Engine, EngineError, TURN, check_size, late, refusal, sessions};
 use crate::consensus::ProposeError;
 use crate::state_machine::kv::{self, PastStore, Store};
 use crate::trace;
@@ -161,15 +161,7 @@ impl Engine {
     }
 
     pub(super) fn explain_propose(&self, error: ProposeError) -> EngineError {
-        match error {
-            ProposeError::NotLeader => self.not_leading(),
-            ProposeError::Overloaded { .. } => {
-                EngineError::Overloaded { reason: format!("{error} (raft.backpressure.max_pending_bytes)") }
-            }
-            ProposeError::TooLarge { bytes } => EngineError::TooLarge { bytes, max: limits::REQUEST_BYTES_MAX },
-            ProposeError::LeadershipLost => EngineError::LeadershipLost,
-            ProposeError::Stopped => EngineError::Stopped,
-        }
+        refusal::explain_propose(&self.inner.consensus, error)
     }
 }
 

@@ -22,8 +22,8 @@ use axum::{Json, Router};
 use serde::Serialize;
 use tokio::net::TcpListener;
 
-use crate::consensus::LeaderInfo;
-use crate::engine::Engine;
+use crate::consensus::{Consensus, LeaderInfo};
+use crate::engine::{CustomEngine, Engine};
 use crate::limits::{MONITORING_CONNECTION_AGE_MAX, MONITORING_CONNECTIONS_MAX};
 use crate::metrics::{Figures, Metrics};
 use crate::services::{Listener, ServeError};
@@ -42,6 +42,30 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
     serve_state(listener, move || NodeState::of(&engine), metrics, shutdown).await
+}
+
+/// As [`serve`], for a node whose state machine is an application's: what only the key-value store counts stays 0.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_custom(
+    listener: TcpListener,
+    engine: CustomEngine,
+    metrics: Arc<Metrics>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let observe = move || {
+        let consensus = engine.consensus();
+        let progress = consensus.progress();
+        let figures = Figures {
+            committed: progress.committed,
+            applied: progress.applied,
+            pending_bytes: consensus.pending_bytes(),
+            ..Figures::default()
+        };
+        NodeState::new(consensus, engine.problem(), figures)
+    };
+    serve_state(listener, observe, metrics, shutdown).await
 }
 
 async fn serve_state(
@@ -91,14 +115,17 @@ struct NodeState {
 
 impl NodeState {
     fn of(engine: &Engine) -> Self {
-        let consensus = engine.consensus();
+        Self::new(engine.consensus(), engine.problem(), engine.figures())
+    }
+
+    fn new(consensus: &Consensus, problem: Option<String>, figures: Figures) -> Self {
         Self {
             node_id: consensus.node_id().get(),
             fault: consensus.failure().borrow().as_ref().map(ToString::to_string),
-            problem: engine.problem(),
-            leader: engine.leader(),
-            is_leader: engine.is_leader(),
-            figures: engine.figures(),
+            problem,
+            leader: consensus.leader(),
+            is_leader: consensus.is_leader(),
+            figures,
         }
     }
 

@@ -22,7 +22,7 @@ mod watch;
 
 pub use error::ServeError;
 pub use listener::{bind, raise_open_files_limit};
-pub use server::serve;
+pub use server::{serve, serve_peers};
 
 pub(crate) use listener::Listener;
 

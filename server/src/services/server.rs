@@ -21,7 +21,7 @@ use super::observe::observe;
 use super::pipeline::PipelineService;
 use super::watch::WatchService;
 use super::{Service, health};
-use crate::config::RaftNodeConfig;
+use crate::config::{NetworkConfig, RaftNodeConfig};
 use crate::consensus::PeerServer;
 use crate::engine::Engine;
 use crate::limits;
@@ -47,7 +47,7 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let deadlines = Deadlines::new(network.call_timeout);
         let service = Arc::new(Service { engine: engine.clone(), deadlines });
-        let (draining, mut drain) = watch::channel(false);
+        let (draining, drain) = watch::channel(false);
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -60,12 +60,55 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
             .add_service(MaintenanceServer::from_arc(service.clone()).max_decoding_message_size(message_max))
             .add_service(ClusterServer::from_arc(service).max_decoding_message_size(message_max))
             .add_service(WatchService::new(engine.clone()))
-            .add_service(PipelineService::new(engine.clone(), deadlines, metrics.clone(), drain.clone()))
+            .add_service(PipelineService::new(engine.clone(), deadlines, metrics.clone(), drain))
             .add_service(peers)
             .add_service(health_service)
             .add_service(reflection);
-        let routes = Routes::from(routes.into_axum_router().layer(from_fn_with_state(metrics.clone(), observe)));
+        let watches = engine.watches().cloned();
+        let shutdown = async move {
+            shutdown.await;
+            // They would never end by themselves.
+            if let Some(watches) = watches {
+                watches.stop();
+            }
+        };
+        tokio::select! {
+            served = serve_routes(listener, routes, network, tls, metrics, draining, shutdown) => served,
+            () = health::follow(engine, reporter) => Ok(()),
+        }
+    }
+}
 
+/// As [`serve`], for peers alone: clients find none of the services they look for.
+///
+/// # Errors
+/// As [`serve`].
+pub fn serve_peers<F: Future<Output = ()> + Send + 'static>(
+    listener: TcpListener,
+    peers: PeerServer,
+    config: &RaftNodeConfig,
+    tls: Option<Arc<Tls>>,
+    metrics: Arc<Metrics>,
+    shutdown: F,
+) -> impl Future<Output = Result<(), ServeError>> + Send + use<F> {
+    let network = config.network.clone();
+    let (draining, _) = watch::channel(false);
+    serve_routes(listener, Routes::new(peers), network, tls, metrics, draining, shutdown)
+}
+
+/// Serves until `shutdown` is ready; `draining` is told then.
+fn serve_routes<F: Future<Output = ()> + Send + 'static>(
+    listener: TcpListener,
+    routes: Routes,
+    network: NetworkConfig,
+    tls: Option<Arc<Tls>>,
+    metrics: Arc<Metrics>,
+    draining: watch::Sender<bool>,
+    shutdown: F,
+) -> impl Future<Output = Result<(), ServeError>> + Send + use<F> {
+    async move {
+        let routes = Routes::from(routes.into_axum_router().layer(from_fn_with_state(metrics.clone(), observe)));
+        let mut drain = draining.subscribe();
         let server = tonic::transport::Server::builder()
             .max_concurrent_streams(network.streams_per_connection_max)
             .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
@@ -90,13 +133,8 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
             Some((Ok::<_, std::io::Error>(connection), listener))
         });
 
-        let watches = engine.watches().cloned();
         let shutdown = async move {
             shutdown.await;
-            // They would never end by themselves.
-            if let Some(watches) = watches {
-                watches.stop();
-            }
             draining.send_replace(true);
         };
         let serving = server.serve_with_incoming_shutdown(incoming, shutdown);
@@ -110,7 +148,6 @@ pub fn serve<F: Future<Output = ()> + Send + 'static>(
         tokio::select! {
             served = serving => served.map_err(|error| ServeError::Ended { message: error.to_string() }),
             () = cutting => Ok(()),
-            () = health::follow(engine, reporter) => Ok(()),
         }
     }
 }

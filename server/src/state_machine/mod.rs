@@ -5,6 +5,9 @@
 
 pub mod kv;
 
+/// The key-value store, by the name of where it keeps its history.
+pub use kv::KvStateMachine as RocksDBStateMachine;
+
 use bytes::Bytes;
 use std::time::Duration;
 

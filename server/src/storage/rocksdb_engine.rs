@@ -81,6 +81,14 @@ struct Writer {
 }
 
 impl RocksDBStorageEngine {
+    /// As [`open`](Self::open), by the name that programs which bring their own storage know.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn new(path: impl AsRef<Path>) -> Result<Self, StorageError> {
+        Self::open(path)
+    }
+
     /// Opens the log in the directory at `path`, or makes an empty one in an empty or absent directory.
     ///
     /// # Errors

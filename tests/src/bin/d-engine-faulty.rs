@@ -38,14 +38,14 @@ async fn main() {
     let config = RaftNodeConfig::new().unwrap().with_override_config(&options.config).unwrap().validate().unwrap();
     let mut terminate = signal(SignalKind::terminate()).unwrap();
     let node = Node::start(config).await.expect("the node starts");
-    faults::prepare(node.engine().clone(), |point| println!("reached {point}"));
+    faults::prepare(node.engine().expect("a key-value store").clone(), |point| println!("reached {point}"));
     std::thread::spawn(|| {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
             obey(&line);
         }
         std::process::exit(0);
     });
-    node.run(async move {
+    node.run_until(async move {
         terminate.recv().await;
     })
     .await

@@ -51,6 +51,14 @@ pub enum ReadPoint {
 }
 
 impl KvStateMachine {
+    /// As [`open`](Self::open), by the name that programs which bring their own storage know.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn new(path: impl AsRef<Path>) -> Result<Self, StorageError> {
+        Self::open(path.as_ref())
+    }
+
     /// Opens the directory, creating it if it does not exist, and loads the store into memory.
     ///
     /// # Errors
@@ -86,6 +94,11 @@ impl KvStateMachine {
     #[must_use]
     pub fn current(&self) -> Arc<Store> {
         self.current.load_full()
+    }
+
+    /// Looks into the store as of now, without a reference of its own to it: for reads that are answered at once.
+    pub(crate) fn look<T>(&self, read: impl FnOnce(&Store) -> T) -> T {
+        read(&self.current.load())
     }
 
     /// Where to read as of `revision`; 0 is the current one.

@@ -27,6 +27,7 @@ pub use error::{KeyText, KvError, ReadError};
 pub use leases::LeaseView;
 pub use machine::{KvStateMachine, ReadPoint};
 pub use past::{PastRevision, PastStore};
+pub(crate) use rules::validate_key;
 pub use rules::{
     is_read_only, validate, validate_compact, validate_get, validate_get_many, validate_lease_list,
     validate_lease_renew, validate_lease_time_to_live, validate_range, validate_txn,

@@ -180,7 +180,11 @@ pub(super) fn required<T>(message: Option<T>, field: &'static str) -> Result<T, 
     message.ok_or(KvError::Missing { field })
 }
 
-fn validate_key(key: &[u8], field: &'static str) -> Result<(), KvError> {
+/// Checks a key.
+///
+/// # Errors
+/// An empty key, or one that is too long.
+pub(crate) fn validate_key(key: &[u8], field: &'static str) -> Result<(), KvError> {
     match key.len() as u64 {
         0 => Err(KvError::EmptyKey { field }),
         bytes if bytes > limits::KEY_BYTES_MAX => Err(KvError::KeyTooLong { field, bytes }),

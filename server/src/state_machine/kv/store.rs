@@ -8,7 +8,7 @@ use d_engine_proto::v1::{self, command_reply::Reply};
 use d_engine_proto::{LeaseId, Revision, SessionId};
 use prost::Message;
 
-use super::command::{Call, Command, Proposal, RangePart, RangeQuery};
+use super::command::{Call, Command, Interval, Proposal, RangePart, RangeQuery};
 use super::error::KvError;
 use super::invariants::Violation;
 use super::keys::Keys;
@@ -144,6 +144,18 @@ impl Store {
     /// None at present: the type is that of every read.
     pub fn get(&self, request: &v1::GetRequest) -> Result<v1::GetResponse, KvError> {
         read::get(&&self.keys, request)
+    }
+
+    /// The value of a key.
+    #[must_use]
+    pub(crate) fn value(&self, key: &[u8]) -> Option<Bytes> {
+        self.keys.get(key).map(|version| version.value.clone())
+    }
+
+    /// The keys from `start` to, but without, `end` (empty: to the last), with their values.
+    pub(crate) fn pairs(&self, start: Bytes, end: Bytes) -> Vec<(Bytes, Bytes)> {
+        let interval = Interval { start, end: (!end.is_empty()).then_some(end) };
+        self.keys.interval(&interval).map(|version| (version.key.clone(), version.value.clone())).collect()
     }
 
     /// Answers a read of several keys; the header is left to the caller.
