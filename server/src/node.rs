@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{Engine, EngineConfig, ReadPolicy};
+use crate::limits::ABANDON_TIMEOUT;
 use crate::metrics::Metrics;
 use crate::monitoring;
 use crate::services::{self, ServeError};
@@ -100,18 +101,19 @@ impl Node {
         let (stop, stopped) = watch::channel(false);
         if let Some(tls) = tls.clone() {
             let told_to_stop = asked(stopped.clone());
-            tokio::spawn(async move {
+            tokio::spawn(engine.consensus().poison().guard("the watch over certificates", async move {
                 tokio::select! {
                     () = told_to_stop => {}
                     () = tls.keep_fresh() => {}
                 }
-            });
+            }));
         }
         let told_to_stop = asked(stopped.clone());
         let serving = services::serve(listener, engine.clone(), peers, &config, tls, metrics.clone(), told_to_stop);
         let serving = tokio::spawn(serving);
         let monitoring = monitoring_listener
-            .map(|listener| tokio::spawn(monitoring::serve(listener, engine.clone(), metrics, asked(stopped))));
+            .map(|listener| monitoring::serve(listener, engine.clone(), metrics, asked(stopped)))
+            .map(|serving| tokio::spawn(engine.consensus().poison().guard("the monitoring port", serving)));
         tracing::info!(
             node = config.cluster.node_id,
             address = listen_address,
@@ -149,8 +151,19 @@ impl Node {
                 Err(_) => Err(NodeError::Panicked { what: "the gRPC server" }),
             },
         };
-        self.stop().await;
+        match &ended {
+            Ok(()) => self.stop().await,
+            Err(_) => self.abandon().await,
+        }
         ended
+    }
+
+    /// Ends a node that must not go on: nothing is answered any more, and then it stops as far as it still can.
+    async fn abandon(self) {
+        self.serving.abort();
+        if tokio::time::timeout(ABANDON_TIMEOUT, self.stop()).await.is_err() {
+            tracing::warn!("parts of the node do not end by themselves");
+        }
     }
 
     /// Stops: hands leadership over, lets calls under way end, closes the data directories.

@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use d_engine_proto::{LeaseId, Revision, SessionId};
+use tokio::sync::watch;
 
 pub use cursor::Cursor;
 use database::Database;
@@ -240,6 +241,12 @@ impl VersionStore {
     /// [`StorageError::Io`] when it never will be.
     pub fn wait_written(&self, revision: Revision, timeout: Duration) -> Result<Revision, StorageError> {
         self.write_behind.wait_written(revision, timeout)
+    }
+
+    /// Follows why nothing more can be written; `None` while it can.
+    #[must_use]
+    pub fn failure(&self) -> watch::Receiver<Option<StorageError>> {
+        self.write_behind.failure()
     }
 
     /// Makes everything submitted before the call durable. Blocks.
