@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use d_engine_server::config::{ConfigError, RaftNodeConfig};
@@ -15,6 +16,9 @@ use crate::logging;
 
 /// openraft tells of every step, and of every failed attempt to reach a peer.
 const LOG_FILTER: &str = "info,openraft=error";
+
+/// How long threads may take to end after a fault.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How the server logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -162,6 +166,10 @@ pub(crate) fn run(args: &ServerArgs) -> Result<(), Failure> {
     });
     // While the runtime goes on: it does the sending.
     drop(export);
+    if ended.is_err() {
+        // Threads that a fault left behind must not keep the process.
+        runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    }
     ended
 }
 

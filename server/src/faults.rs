@@ -10,8 +10,10 @@
 //! | [`AFTER_COMMIT`] | by a write that was applied, before its caller is told |
 //! | [`BEFORE_REPLY`] | by either when its answer exists, before any of it is sent |
 //!
+//! | [`IN_TASK`] | by a task or thread that the node relies on, at every turn |
+//!
 //! A point is armed for one operation, by the name of its method: `before-propose/Put`. What it does then is a text, see
-//! [`Action`]. The points are passed in async code and hold up nothing but the call that reached them.
+//! [`Action`]. That of a task is armed by the task's name, `in-task/the proposer`, and panics. The points are passed in async code and hold up nothing but the call that reached them.
 
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -32,7 +34,13 @@ pub const AFTER_COMMIT: &str = "after-commit";
 /// See the module's description.
 pub const BEFORE_REPLY: &str = "before-reply";
 
-const POINTS: [&str; 4] = [RECEIVED, BEFORE_PROPOSE, AFTER_COMMIT, BEFORE_REPLY];
+/// See the module's description.
+pub const IN_TASK: &str = "in-task";
+
+const POINTS: [&str; 5] = [RECEIVED, BEFORE_PROPOSE, AFTER_COMMIT, BEFORE_REPLY, IN_TASK];
+
+/// What a task does at its point.
+const PANIC: &str = "panic";
 
 /// How long a leader that steps down waits for its successor.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -116,7 +124,13 @@ pub fn arm(point: &str, times: u32, action: &str) -> Result<(), String> {
         fail::remove(point);
         return Ok(());
     }
-    action.parse::<Action>()?;
+    let is_task = point.split_once('/').is_some_and(|(place, _)| place == IN_TASK);
+    if is_task != (action == PANIC) {
+        return Err(format!("{action:?} is no action for {point:?}"));
+    }
+    if !is_task {
+        action.parse::<Action>()?;
+    }
     fail::cfg(point, &format!("{times}*return({action})"))
 }
 
@@ -145,6 +159,14 @@ pub(crate) async fn reached(point: &str, operation: &str) -> Result<(), EngineEr
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
             std::future::pending().await
         }
+    }
+}
+
+/// Passes the point of a task.
+#[expect(clippy::panic, reason = "a panic is what the point is for")]
+pub(crate) fn in_task(task: &str) {
+    if is_prepared() && fail::eval(&format!("{IN_TASK}/{task}"), |_| ()).is_some() {
+        panic!("a fault point was armed");
     }
 }
 
@@ -211,5 +233,7 @@ mod tests {
         assert!(arm("nowhere/Put", 1, "die").is_err());
         assert!(arm("before-reply", 1, "die").is_err());
         assert!(arm("before-reply/Nobody", 1, "rest").is_err());
+        assert!(arm("before-reply/Nobody", 1, "panic").is_err());
+        assert!(arm("in-task/nobody", 1, "die").is_err());
     }
 }

@@ -126,6 +126,9 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// to carry their answers away.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a node that met a fault may take to stop what still works, before it ends without.
+pub const ABANDON_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Default of `network.call_timeout_ms`: the deadline of a call whose client names none.
 pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 

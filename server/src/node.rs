@@ -8,13 +8,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use d_engine_proto::{NodeId, v1};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, FutureExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy};
+use crate::limits::ABANDON_TIMEOUT;
 use crate::metrics::Metrics;
 use crate::monitoring;
 use crate::services::{self, ServeError};
@@ -170,15 +171,16 @@ impl Node {
             Machine::Custom(custom) => Door::Custom(CustomEngine::new(consensus, custom, read_policy)),
         };
 
+        let poison = door.consensus().poison().clone();
         let (stop, stopped) = watch::channel(false);
         if let Some(tls) = tls.clone() {
             let told_to_stop = asked(stopped.clone());
-            tokio::spawn(async move {
+            tokio::spawn(poison.guard("the watch over certificates", async move {
                 tokio::select! {
                     () = told_to_stop => {}
                     () = tls.keep_fresh() => {}
                 }
-            });
+            }));
         }
         let serving = listener.map(|listener| {
             let (tls, metrics, told_to_stop) = (tls.clone(), metrics.clone(), asked(stopped.clone()));
@@ -191,11 +193,14 @@ impl Node {
                 }
             }
         });
-        let monitoring = monitoring_listener.map(|listener| match &door {
-            Door::Kv(engine) => tokio::spawn(monitoring::serve(listener, engine.clone(), metrics, asked(stopped))),
-            Door::Custom(engine) => {
-                tokio::spawn(monitoring::serve_custom(listener, engine.clone(), metrics, asked(stopped)))
-            }
+        let monitoring = monitoring_listener.map(|listener| {
+            let serving = match &door {
+                Door::Kv(engine) => monitoring::serve(listener, engine.clone(), metrics, asked(stopped)).boxed(),
+                Door::Custom(engine) => {
+                    monitoring::serve_custom(listener, engine.clone(), metrics, asked(stopped)).boxed()
+                }
+            };
+            tokio::spawn(poison.guard("the monitoring port", serving))
         });
         tracing::info!(
             node = config.cluster.node_id,
@@ -252,8 +257,21 @@ impl Node {
                 Err(_) => Err(NodeError::Panicked { what: "the gRPC server" }),
             },
         };
-        self.stop().await;
+        match &ended {
+            Ok(()) => self.stop().await,
+            Err(_) => self.abandon().await,
+        }
         ended
+    }
+
+    /// Ends a node that must not go on: nothing is answered any more, and then it stops as far as it still can.
+    async fn abandon(self) {
+        if let Some(serving) = &self.serving {
+            serving.abort();
+        }
+        if tokio::time::timeout(ABANDON_TIMEOUT, self.stop()).await.is_err() {
+            tracing::warn!("parts of the node do not end by themselves");
+        }
     }
 
     /// Stops: hands leadership over, lets calls under way end, closes the data directories.

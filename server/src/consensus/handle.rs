@@ -18,6 +18,7 @@ use super::log::Log;
 use super::member::Membership;
 use super::network::{LocalIdentity, Peers, ToldCommit};
 use super::peer_service::{self, PeerService, Quarantine};
+use super::poison::Poison;
 use super::proposer::{ProposeError, Proposer};
 use super::raft_types::{Raft, StoredMembership};
 use super::read_index::{ReadIndex, ReadIndexError};
@@ -86,6 +87,12 @@ pub enum StartError {
     /// The cluster does not know this node.
     #[error(transparent)]
     Refused(#[from] MembershipRefused),
+    /// A task or thread that the node relies on panicked: a bug.
+    #[error("{task} panicked: the node must not go on without it; restart it, and report this with its log")]
+    Panicked {
+        /// Which one.
+        task: &'static str,
+    },
     /// openraft refused, or ended with an error.
     #[error("consensus stopped: {0}")]
     Raft(String),
@@ -120,7 +127,7 @@ struct Inner {
     told_commit: Arc<ToldCommit>,
     state_machine: Arc<dyn StateMachine>,
     applied: watch::Receiver<Applied>,
-    failure: watch::Receiver<Option<StartError>>,
+    poison: Poison,
     timings: Timings,
 }
 
@@ -137,12 +144,13 @@ impl Consensus {
         metrics: Arc<Metrics>,
         tls: Option<Arc<Tls>>,
     ) -> Result<(Self, peer_service::Server), StartError> {
+        let poison = Poison::default();
         let state = engine.state().map_err(Arc::new)?;
         let recovered = state_machine.applied();
         check_log_reaches(&state, recovered.position)?;
         let identity = claim_directory(&*engine, &state, config.node_id)?;
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
-        let log = Log::start(engine, &state, metrics.clone()).map_err(|error| StartError::Raft(error.to_string()))?;
+        let log = Log::start(engine, &state, metrics.clone(), &poison).map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
         let peers = Peers::new(local.clone(), stall, tls.clone());
 
@@ -150,11 +158,14 @@ impl Consensus {
             watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
         let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
         let raft_config = Arc::new(raft_config(&config.timings)?);
-        let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier)
+        let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier);
+        let raft = poison
+            .clone()
+            .guard_openraft(raft)
             .await
             .map_err(|error| StartError::Raft(error.to_string()))?;
 
-        let quarantine = begin_quarantine(&raft, &state, &config.timings).await?;
+        let quarantine = begin_quarantine(&raft, &state, &config.timings, &poison).await?;
         let leadership = Arc::new(Leadership::new());
         let monitor = Monitor {
             raft: raft.clone(),
@@ -163,8 +174,8 @@ impl Consensus {
             timings: config.timings,
             metrics: metrics.clone(),
         };
-        let monitoring = tokio::spawn(monitor.run());
-        let read_index = ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max);
+        let monitoring = tokio::spawn(poison.guard("the watch over leadership", monitor.run()));
+        let read_index = ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max, &poison);
         let read_index = Arc::new(read_index);
         let mut initial_cluster = config.initial_cluster;
         initial_cluster.sort_by_key(|member| member.id);
@@ -183,9 +194,9 @@ impl Consensus {
             formation: formation.clone(),
             quarantine,
         };
-        let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max);
+        let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max, &poison);
         let told_commit = peers.told_commit().clone();
-        let failure = watch_for_failure(&raft, &log, formation, peers, monitoring);
+        watch_for_failure(&raft, &log, formation, peers, monitoring, &poison);
         let inner = Inner {
             raft,
             log,
@@ -196,7 +207,7 @@ impl Consensus {
             told_commit,
             state_machine,
             applied,
-            failure,
+            poison,
             timings: config.timings,
         };
         Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
@@ -360,7 +371,13 @@ impl Consensus {
     /// Why the node cannot go on; `None` while it can. The first reason stays.
     #[must_use]
     pub fn failure(&self) -> watch::Receiver<Option<StartError>> {
-        self.inner.failure.clone()
+        self.inner.poison.failure()
+    }
+
+    /// Where what cannot be gone on without is guarded, and where any other reason to end is told.
+    #[must_use]
+    pub fn poison(&self) -> &Poison {
+        &self.inner.poison
     }
 
     /// Hands leadership to another voter, the most up-to-date one, and waits until it is taken or `patience` is
@@ -466,7 +483,7 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
 }
 
 /// See `peer_service`. Ends by itself; until then this node neither votes nor campaigns.
-async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings) -> Result<Quarantine, StartError> {
+async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings, poison: &Poison) -> Result<Quarantine, StartError> {
     let never_promised = state.vote.is_none() && state.last.is_none() && state.purged.is_none();
     let voters = raft
         .with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<_>>())
@@ -481,10 +498,10 @@ async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings) 
     // The margin covers the clocks' drift and the ticks by which timers are late.
     let span = timings.election_max + timings.heartbeat;
     let raft = raft.clone();
-    tokio::spawn(async move {
+    tokio::spawn(poison.guard("the quarantine", async move {
         tokio::time::sleep(span).await;
         raft.runtime_config().elect(true);
-    });
+    }));
     Ok(Quarantine::until(Moment::now() + span))
 }
 
@@ -495,8 +512,8 @@ fn watch_for_failure(
     formation: Arc<Formation>,
     peers: Peers,
     monitoring: tokio::task::JoinHandle<()>,
-) -> watch::Receiver<Option<StartError>> {
-    let (sender, failure) = watch::channel(None);
+    poison: &Poison,
+) {
     let mut fault = log.fault();
     let forming = {
         let (raft, log) = (raft.clone(), log.clone());
@@ -509,7 +526,8 @@ fn watch_for_failure(
     };
     let log_fault = log.fault();
     let raft = raft.clone();
-    tokio::spawn(async move {
+    let failed = poison.clone();
+    tokio::spawn(poison.guard("the watch over failures", async move {
         let broken_disk = async {
             match fault.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone()) {
                 Some(error) => StartError::Storage(error),
@@ -530,10 +548,8 @@ fn watch_for_failure(
             reason = broken_disk => reason,
             reason = ended => reason,
         };
-        sender.send_replace(Some(reason));
-        sender.closed().await;
-    });
-    failure
+        failed.fail(reason);
+    }));
 }
 
 fn plain_membership(stored: &StoredMembership) -> Membership {

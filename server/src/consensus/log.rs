@@ -27,6 +27,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::entry;
+use super::poison::{Poison, ThreadGuard};
 use super::raft_types::{Entry, LogId, RaftVote, Types, from_position, from_vote, to_position, to_vote};
 use crate::metrics::Metrics;
 use crate::storage::{
@@ -86,6 +87,7 @@ impl Log {
         engine: Arc<dyn StorageEngine>,
         state: &StorageState,
         metrics: Arc<Metrics>,
+        poison: &Poison,
     ) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel(JOBS_MAX);
         let (durable_sender, durable) = watch::channel(state.last.or(state.purged));
@@ -101,8 +103,9 @@ impl Log {
         });
         let writer = Writer { engine, durable: durable_sender, fault: fault_sender, metrics };
         let weak = Arc::downgrade(&shared);
+        let guard = poison.guard_thread("the writer of the log");
         let take_committed = move || weak.upgrade().and_then(|shared| shared.committed.lock().take());
-        std::thread::Builder::new().name("d-engine-log".into()).spawn(move || writer.run(queue, take_committed))?;
+        std::thread::Builder::new().name("d-engine-log".into()).spawn(move || writer.run(queue, take_committed, &guard))?;
         Ok(Self { shared })
     }
 
@@ -368,11 +371,17 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(self, mut queue: mpsc::Receiver<Job>, take_committed: impl Fn() -> Option<LogPosition>) {
+    fn run(
+        self,
+        mut queue: mpsc::Receiver<Job>,
+        take_committed: impl Fn() -> Option<LogPosition>,
+        guard: &ThreadGuard,
+    ) {
         let mut stopping = false;
         let mut committed = None;
         while !stopping {
             let Some(first) = queue.blocking_recv() else { return };
+            guard.pass();
             let mut group = Group::default();
             let mut next = Some(first);
             while let Some(job) = next {
@@ -474,7 +483,7 @@ mod tests {
 
     fn start(engine: &Arc<MemoryStorageEngine>) -> Log {
         let state = engine.state().unwrap();
-        Log::start(engine.clone(), &state, Arc::default()).unwrap()
+        Log::start(engine.clone(), &state, Arc::default(), &Poison::default()).unwrap()
     }
 
     fn blank(term: u64, index: u64) -> Entry {
@@ -574,7 +583,7 @@ mod tests {
     async fn what_replaces_a_tail_waits_until_the_tail_is_gone_from_the_disk() {
         let (allow, allowed) = std::sync::mpsc::sync_channel(8);
         let engine = Arc::new(Gated(MemoryStorageEngine::default(), Mutex::new(allowed)));
-        let mut log = Log::start(engine.clone(), &StorageState::default(), Arc::default()).unwrap();
+        let mut log = Log::start(engine.clone(), &StorageState::default(), Arc::default(), &Poison::default()).unwrap();
         allow.send(()).unwrap();
         append(&mut log, (0..6).map(|index| blank(1, index)).collect()).await.unwrap();
         log.append((6..40).map(|index| blank(3, index)).collect::<Vec<_>>(), IOFlushed::noop()).await.unwrap();

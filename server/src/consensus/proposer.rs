@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use super::entry::{Batch, COMMAND_OVERHEAD_BYTES};
 use super::gathering::{Gathering, Shared, Ticket};
 use super::leadership::{LeaderInfo, Leadership, Role};
+use super::poison::Poison;
 use super::raft_types::{Callback, Raft, WriteResult};
 use crate::limits::{BATCH_BYTES_MAX, BATCH_COMMANDS_MAX, COMMAND_BYTES_MAX, ENTRIES_IN_FLIGHT_MAX};
 use crate::metrics::Metrics;
@@ -86,6 +87,7 @@ impl Proposer {
         leadership: Arc<Leadership>,
         metrics: Arc<Metrics>,
         pending_bytes_max: usize,
+        poison: &Poison,
     ) -> Self {
         let (queue, proposals) = mpsc::channel(pending_bytes_max.div_ceil(PROPOSAL_OVERHEAD_BYTES));
         let batcher = Batcher {
@@ -96,7 +98,7 @@ impl Proposer {
             in_flight: Arc::new(Semaphore::new(ENTRIES_IN_FLIGHT_MAX)),
             held_back: None,
         };
-        tokio::spawn(batcher.run(proposals));
+        tokio::spawn(poison.guard("the proposer", batcher.run(proposals)));
         Self { queue, leadership, pending_bytes: Arc::new(Semaphore::new(pending_bytes_max)), pending_bytes_max }
     }
 

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::leadership::Leadership;
 use super::network::Peers;
+use super::poison::Poison;
 use super::raft_types::Raft;
 use crate::limits::READS_WAITING_MAX;
 use crate::state_machine::StoreTime;
@@ -59,13 +60,13 @@ pub(super) struct ReadIndex {
 
 impl ReadIndex {
     /// `patience`: how long a leader that was just elected may take to apply its first entry.
-    pub(super) fn start(raft: Raft, peers: Peers, leadership: Arc<Leadership>, patience: Duration) -> Self {
+    pub(super) fn start(raft: Raft, peers: Peers, leadership: Arc<Leadership>, patience: Duration, poison: &Poison) -> Self {
         let local = Local { raft, leadership, patience };
         let as_leader = {
             let local = local.clone();
-            Rounds::start(move || Box::pin(local.clone().confirm()))
+            Rounds::start(poison, move || Box::pin(local.clone().confirm()))
         };
-        let anywhere = Rounds::start(move || Box::pin(local.clone().confirm_anywhere(peers.clone())));
+        let anywhere = Rounds::start(poison, move || Box::pin(local.clone().confirm_anywhere(peers.clone())));
         Self { as_leader, anywhere }
     }
 
@@ -128,9 +129,9 @@ struct Rounds {
 }
 
 impl Rounds {
-    fn start(confirm: impl Fn() -> BoxFuture<'static, Confirmed> + Send + Sync + 'static) -> Self {
+    fn start(poison: &Poison, confirm: impl Fn() -> BoxFuture<'static, Confirmed> + Send + Sync + 'static) -> Self {
         let (waiting, mut arrivals) = mpsc::channel::<oneshot::Sender<Confirmed>>(READS_WAITING_MAX);
-        tokio::spawn(async move {
+        tokio::spawn(poison.guard("the confirmation of reads", async move {
             let mut round = Vec::new();
             while arrivals.recv_many(&mut round, READS_WAITING_MAX).await > 0 {
                 let confirmed = confirm().await;
@@ -139,7 +140,7 @@ impl Rounds {
                     let _ = waiter.send(confirmed.clone());
                 }
             }
-        });
+        }));
         Self { waiting }
     }
 
@@ -172,7 +173,7 @@ mod tests {
         let gate = Arc::new(tokio::sync::Semaphore::new(0));
         let rounds = {
             let (begun, gate) = (begun.clone(), gate.clone());
-            Rounds::start(move || {
+            Rounds::start(&Poison::default(), move || {
                 let round = begun.fetch_add(1, Ordering::SeqCst) + 1;
                 let gate = gate.clone();
                 Box::pin(async move {

@@ -11,6 +11,7 @@ use openraft::OptionalSend;
 use openraft_rt::AsyncRuntime;
 use openraft_rt_tokio::TokioRuntime;
 
+use super::poison::Poison;
 use crate::clock::Moment;
 
 /// Tokio with [`Moment`] as its clock.
@@ -85,7 +86,13 @@ impl AsyncRuntime for Runtime {
         T: Future + OptionalSend + 'static,
         T::Output: OptionalSend + 'static,
     {
-        TokioRuntime::spawn(future)
+        match Poison::of_this_task() {
+            Some(poison) => {
+                let guarded = poison.guard("a task of openraft", future);
+                TokioRuntime::spawn(poison.guard_openraft(guarded))
+            }
+            None => TokioRuntime::spawn(future),
+        }
     }
 
     fn sleep(duration: Duration) -> Self::Sleep {

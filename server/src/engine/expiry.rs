@@ -80,7 +80,8 @@ impl Expirer {
             consensus,
             kv,
         };
-        tasks.spawn(task.run());
+        let poison = task.consensus.poison().clone();
+        tasks.spawn(poison.guard("the expiry", task.run()));
         Self { poked }
     }
 

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::task::JoinSet;
 
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, Poison};
 use crate::limits::{COMPACTION_PAUSE_MIN, COMPACTIONS_PER_RETENTION, HISTORY_SAMPLE_PAUSE, HISTORY_SAMPLES_MAX};
 use crate::state_machine::StoreTime;
 use crate::state_machine::kv::KvStateMachine;
@@ -36,18 +36,18 @@ struct Sample {
 }
 
 impl History {
-    pub(super) fn start(kv: Arc<KvStateMachine>, tasks: &mut JoinSet<()>) -> Arc<Self> {
+    pub(super) fn start(kv: Arc<KvStateMachine>, poison: &Poison, tasks: &mut JoinSet<()>) -> Arc<Self> {
         let history = Arc::new(Self { samples: Mutex::default() });
         // In this order: no revision is between what is sampled and what is followed.
         let mut revisions = kv.revisions();
         history.take(&kv);
         let sampler = history.clone();
-        tasks.spawn(async move {
+        tasks.spawn(poison.guard("the sampling of history", async move {
             while revisions.changed().await.is_ok() {
                 sampler.take(&kv);
                 tokio::time::sleep(HISTORY_SAMPLE_PAUSE).await;
             }
-        });
+        }));
         history
     }
 

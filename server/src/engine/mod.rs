@@ -33,6 +33,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use d_engine_proto::{Revision, limits, v1};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 pub use custom::CustomEngine;
@@ -40,9 +41,10 @@ pub use error::EngineError;
 pub(crate) use pipeline::{Answered, Pipeline};
 pub use status::VERSION;
 
-use crate::consensus::{Consensus, LeaderInfo};
+use crate::consensus::{Consensus, LeaderInfo, Poison, StartError};
 use crate::metrics::Metrics;
 use crate::state_machine::kv::KvStateMachine;
+use crate::storage::StorageError;
 use crate::watch::{Hub, HubSettings};
 use expiry::Expirer;
 use history::{Compactor, History};
@@ -115,16 +117,18 @@ impl Engine {
     #[must_use]
     pub fn new(consensus: Consensus, kv: Arc<KvStateMachine>, config: EngineConfig, metrics: Arc<Metrics>) -> Self {
         let inner = |engine: &Weak<Inner>| {
+            let poison = consensus.poison();
             let mut tasks = JoinSet::new();
             let watches =
-                config.watches_enabled.then(|| Hub::start(kv.clone(), HubSettings::default(), metrics.clone()));
+                config.watches_enabled.then(|| Hub::start(kv.clone(), HubSettings::default(), metrics.clone(), poison));
             let expirer = Expirer::start(consensus.clone(), kv.clone(), &mut tasks);
-            let renewals = Renewals::start(engine.clone(), metrics.clone(), &mut tasks);
-            let history = History::start(kv.clone(), &mut tasks);
+            let renewals = Renewals::start(engine.clone(), metrics.clone(), poison, &mut tasks);
+            let history = History::start(kv.clone(), poison, &mut tasks);
             if let Some(retention) = config.history_retention {
                 let (consensus, kv, history) = (consensus.clone(), kv.clone(), history.clone());
-                tasks.spawn(Compactor { consensus, kv, history, retention }.run());
+                tasks.spawn(poison.guard("the compaction", Compactor { consensus, kv, history, retention }.run()));
             }
+            tasks.spawn(watch_writing(kv.failure(), poison.clone()));
             Inner { consensus, kv, watches, config, expirer, renewals, history, started: Instant::now(), _tasks: tasks }
         };
         Self { inner: Arc::new_cyclic(inner) }
@@ -179,6 +183,15 @@ impl Engine {
 
     pub(crate) fn unavailable(&self, reason: impl Into<String>) -> EngineError {
         refusal::unavailable(&self.inner.consensus, reason)
+    }
+}
+
+/// What can no longer be written behind is found out by the next entry at the latest; a node without any is told here.
+async fn watch_writing(mut failure: watch::Receiver<Option<StorageError>>, poison: Poison) {
+    if let Ok(failure) = failure.wait_for(Option::is_some).await
+        && let Some(failure) = failure.clone()
+    {
+        poison.fail(StartError::Storage(Arc::new(failure)));
     }
 }
 

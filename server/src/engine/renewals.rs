@@ -11,8 +11,12 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::{Deadline, Engine, EngineError, Inner};
+use crate::consensus::Poison;
 use crate::limits::{CALL_TIMEOUT_DEFAULT, RENEWALS_IN_FLIGHT_MAX, RENEWALS_PER_COMMAND_MAX, RENEWALS_WAITING_MAX};
 use crate::metrics::Metrics;
+
+/// As the node's failure names it.
+const NAME: &str = "the renewal of leases";
 
 type Answer = Result<v1::LeaseRenewResponse, EngineError>;
 
@@ -27,9 +31,9 @@ struct Renewal {
 }
 
 impl Renewals {
-    pub(super) fn start(engine: Weak<Inner>, metrics: Arc<Metrics>, tasks: &mut JoinSet<()>) -> Self {
+    pub(super) fn start(engine: Weak<Inner>, metrics: Arc<Metrics>, poison: &Poison, tasks: &mut JoinSet<()>) -> Self {
         let (queue, waiting) = mpsc::channel(RENEWALS_WAITING_MAX);
-        tasks.spawn(gather(engine, metrics, waiting));
+        tasks.spawn(poison.guard(NAME, gather(engine, metrics, waiting)));
         Self { queue }
     }
 }
@@ -79,12 +83,13 @@ async fn gather(engine: Weak<Inner>, metrics: Arc<Metrics>, mut waiting: mpsc::R
         }
         metrics.leases_renewed(renewals.len());
         // Bounded by the slots.
-        tokio::spawn(async move {
+        let poison = inner.consensus.poison().clone();
+        tokio::spawn(poison.guard(NAME, async move {
             let leases = renewals.iter().map(|renewal| renewal.lease.get()).collect();
             let renewed = Engine { inner }.renew_all(leases).await;
             drop(slot);
             answer(renewals, renewed);
-        });
+        }));
     }
 }
 

@@ -73,7 +73,12 @@ impl Tls {
         loop {
             pace.tick().await;
             let tls = Arc::clone(&self);
-            let Ok(looked) = tokio::task::spawn_blocking(move || tls.look()).await else { continue };
+            let looked = match tokio::task::spawn_blocking(move || tls.look()).await {
+                Ok(looked) => looked,
+                Err(ended) if ended.is_panic() => std::panic::resume_unwind(ended.into_panic()),
+                // The runtime ends.
+                Err(_) => continue,
+            };
             match looked {
                 Ok(None) => last_failure = None,
                 Ok(Some(material)) => {

@@ -22,6 +22,7 @@ use super::group::{Group, WatchNumber};
 use super::index::Index;
 use super::interest::Interest;
 use super::stream::Watch;
+use crate::consensus::Poison;
 use crate::limits;
 use crate::metrics::Metrics;
 use crate::state_machine::kv::{KvError, KvStateMachine};
@@ -92,7 +93,7 @@ struct Live {
 impl Hub {
     /// Begins to follow the store. Runs a task on the current runtime.
     #[must_use]
-    pub fn start(kv: Arc<KvStateMachine>, settings: HubSettings, metrics: Arc<Metrics>) -> Self {
+    pub fn start(kv: Arc<KvStateMachine>, settings: HubSettings, metrics: Arc<Metrics>, poison: &Poison) -> Self {
         let revisions = kv.revisions();
         let dispatched = *revisions.borrow();
         let live = Live {
@@ -115,7 +116,8 @@ impl Hub {
             untold: AtomicBool::new(false),
             stopping: watch::channel(false).0,
         });
-        tokio::spawn(dispatch_all(StopAtEnd(Arc::downgrade(&shared)), revisions, period));
+        let dispatching = dispatch_all(StopAtEnd(Arc::downgrade(&shared)), revisions, period);
+        tokio::spawn(poison.guard("the delivery of watches", dispatching));
         Self { shared }
     }
 

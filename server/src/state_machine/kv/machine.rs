@@ -164,6 +164,12 @@ impl KvStateMachine {
         self.expired.load(Ordering::Relaxed)
     }
 
+    /// Follows why nothing more can be written behind; `None` while it can.
+    #[must_use]
+    pub fn failure(&self) -> watch::Receiver<Option<StorageError>> {
+        self.versions.failure()
+    }
+
     /// Follows [`due`](Self::due): what has ended by then is gone from [`current`](Self::current).
     #[must_use]
     pub fn due_changes(&self) -> watch::Receiver<Option<StoreTime>> {

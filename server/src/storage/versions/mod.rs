@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use d_engine_proto::{LeaseId, Revision, SessionId};
+use tokio::sync::watch;
 
 pub use cursor::Cursor;
 use database::Database;
@@ -242,12 +243,33 @@ impl VersionStore {
         self.write_behind.wait_written(revision, timeout)
     }
 
+    /// Follows why nothing more can be written; `None` while it can.
+    #[must_use]
+    pub fn failure(&self) -> watch::Receiver<Option<StorageError>> {
+        self.write_behind.failure()
+    }
+
     /// Makes everything submitted before the call durable. Blocks.
     ///
     /// # Errors
     /// [`StorageError::Io`] when the disk refuses.
     pub fn flush(&self) -> Result<(), StorageError> {
         self.write_behind.flush()
+    }
+
+    /// Writes a copy of everything submitted before the call, and perhaps of some of what is submitted meanwhile, into
+    /// a new directory, which [`open`](Self::open) opens. Answers the state of the last submission in it; nothing of a
+    /// later one is. The copy shares its large files with this store as links, so it costs little disk until the store
+    /// has rewritten them. It is durable on return. Blocks; submitting goes on.
+    ///
+    /// After an error `into` is to be removed.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`], also when `into` exists.
+    pub fn checkpoint(&self, into: &Path) -> Result<StoreState, StorageError> {
+        // Beyond what the checkpoint itself flushes: what is still queued.
+        self.flush()?;
+        self.database.checkpoint(into)
     }
 
     /// What to report when records that are sound by themselves contradict each other.

@@ -20,6 +20,7 @@ use std::time::Duration;
 use d_engine_proto::Revision;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rocksdb::WriteBatch;
+use tokio::sync::watch;
 
 use super::cleaner::{Cleaned, Cleaner};
 use super::database::Database;
@@ -31,6 +32,11 @@ use crate::storage::{LogPosition, StorageError};
 const CHANGE_OVERHEAD_BYTES: usize = 128;
 /// What a record costs in the queue, roughly: its size is known only once it is encoded.
 const RECORD_BYTES: usize = 256;
+
+/// The thread that writes.
+const WRITER: &str = "kv-write";
+/// The thread that flushes.
+const FLUSHER: &str = "kv-flush";
 
 /// How much may be on its way. Each number trades memory for throughput; none affects what is stored.
 #[derive(Clone, Copy, Debug)]
@@ -90,6 +96,8 @@ struct Shared {
     /// The oldest readable revision as of opening.
     compacted: Revision,
     progress: Mutex<Progress>,
+    /// Follows `progress.failure`.
+    failed: watch::Sender<Option<StorageError>>,
     /// The writer waits for submissions.
     writable: Condvar,
     /// The flusher waits for written batches that somebody wants durable.
@@ -124,13 +132,14 @@ impl WriteBehind {
             bounds,
             compacted: state.compacted,
             progress: Mutex::new(progress),
+            failed: watch::Sender::new(None),
             writable: Condvar::new(),
             flushable: Condvar::new(),
             progressed: Condvar::new(),
         });
         let mut write_behind = Self { shared, threads: Vec::new() };
-        write_behind.spawn("kv-write", Shared::write_all)?;
-        write_behind.spawn("kv-flush", Shared::flush_all)?;
+        write_behind.spawn(WRITER, Shared::write_all)?;
+        write_behind.spawn(FLUSHER, Shared::flush_all)?;
         Ok(write_behind)
     }
 
@@ -166,6 +175,11 @@ impl WriteBehind {
         progress.submitted += 1;
         shared.writable.notify_one();
         Ok(())
+    }
+
+    /// Follows the first failure.
+    pub(super) fn failure(&self) -> watch::Receiver<Option<StorageError>> {
+        self.shared.failed.subscribe()
     }
 
     /// The last submission known to be durable.
@@ -220,6 +234,7 @@ impl Shared {
         let mut cleaner = Cleaner::new(self.compacted, self.bounds.clean_bytes);
         let (mut unflushed_bytes, mut freed_bytes) = (0, 0);
         while let Some(batch) = self.next_batch(cleaner.is_due()) {
+            pass(WRITER);
             let mut changes = 0;
             if let Some(batch) = batch {
                 changes = batch.changes.iter().map(|changes| changes.len()).sum();
@@ -308,7 +323,10 @@ impl Shared {
             // What is written now, at least, will be durable once the flush returns.
             let mark = progress.written;
             progress.settle = false;
-            let result = MutexGuard::unlocked(&mut progress, || self.database.flush());
+            let result = MutexGuard::unlocked(&mut progress, || {
+                pass(FLUSHER);
+                self.database.flush()
+            });
             if let Err(error) = result {
                 return self.fail(progress, self.database.failed("flush versions in", &error));
             }
@@ -319,7 +337,8 @@ impl Shared {
 
     fn fail(&self, mut progress: MutexGuard<'_, Progress>, failure: StorageError) {
         tracing::error!(error = %failure, "the history can no longer be written");
-        progress.failure.get_or_insert(failure);
+        let failure = progress.failure.get_or_insert(failure);
+        self.failed.send_replace(Some(failure.clone()));
         self.writable.notify_all();
         self.flushable.notify_all();
         self.progressed.notify_all();
@@ -422,6 +441,12 @@ impl Encoder {
         }
         out
     }
+}
+
+#[cfg_attr(not(feature = "fault-points"), expect(unused_variables, reason = "only a test has it panic"))]
+fn pass(thread: &'static str) {
+    #[cfg(feature = "fault-points")]
+    crate::faults::in_task(thread);
 }
 
 fn submission_bytes(submission: &Submission) -> usize {

@@ -10,6 +10,7 @@ use fastrand::Rng;
 use parking_lot::RwLock;
 use prost::Message;
 
+use crate::consensus::Poison;
 use crate::metrics::{Figures, Metrics};
 use crate::state_machine::kv::KvStateMachine;
 use crate::state_machine::{CommittedEntry, EntryContent, StateMachine, StoreTime};
@@ -45,7 +46,7 @@ impl Fixture {
         let kv = Arc::new(kv.with_recent_bytes(recent_bytes));
         let twin = KvStateMachine::open(directories[1].path()).unwrap();
         let metrics = Arc::new(Metrics::new());
-        let hub = Hub::start(kv.clone(), settings, metrics.clone());
+        let hub = Hub::start(kv.clone(), settings, metrics.clone(), &Poison::default());
         Self { kv, hub, metrics, truth: Arc::default(), twin, index: 0, _directories: directories }
     }
 
