@@ -208,6 +208,7 @@ fn consensus_config(config: &RaftNodeConfig) -> ConsensusConfig {
         client_address: config.cluster.advertise_address.clone().unwrap_or_default(),
         application_address: config.cluster.application_address.clone(),
         timings: config.raft.timings(),
+        persistence: config.raft.persistence.promise(),
         pending_bytes_max: config.raft.backpressure.max_pending_bytes,
     }
 }
