@@ -94,6 +94,12 @@ pub const PENDING_BYTES_DEFAULT: usize = 64 << 20;
 /// Smallest `raft.backpressure.max_pending_bytes`: less would leave the pipeline of entries unfilled.
 pub const PENDING_BYTES_MIN: usize = 4 << 20;
 
+/// Entries that `MemFirst` may acknowledge before it asks for them to be on the disk.
+pub const FLUSH_ENTRIES_MAX: u64 = 1_000_000;
+
+/// Longest time for which what `MemFirst` acknowledged may wait to be asked onto the disk; what a power cut may take.
+pub const FLUSH_INTERVAL_MS_MAX: u64 = 60_000;
+
 /// Default of `network.connections_max`. An idle connection costs some ten kilobytes.
 pub const CONNECTIONS_MAX_DEFAULT: usize = 16_384;
 

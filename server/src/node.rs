@@ -375,6 +375,7 @@ fn consensus_config(config: &RaftNodeConfig, serves: bool) -> ConsensusConfig {
         client_address: config.cluster.advertise_address.clone().filter(|_| serves).unwrap_or_default(),
         application_address: config.cluster.application_address.clone(),
         timings: config.raft.timings(),
+        persistence: config.raft.persistence.promise(),
         pending_bytes_max: config.raft.backpressure.max_pending_bytes,
     }
 }

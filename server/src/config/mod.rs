@@ -30,7 +30,7 @@ use serde::Deserialize;
 pub use error::ConfigError;
 pub use source::Place;
 
-use crate::consensus::Timings;
+use crate::consensus::{Persistence, Timings};
 use crate::limits;
 use source::Source;
 
@@ -201,7 +201,7 @@ pub enum PersistenceStrategy {
     /// On the disks of a majority.
     #[default]
     DiskFirst,
-    /// In the operating systems of a majority; not supported yet.
+    /// In the operating systems of a majority.
     MemFirst,
 }
 
@@ -474,6 +474,22 @@ impl RaftNodeConfig {
     /// Where `key` was set last; `None` for a default.
     fn place_of(&self, key: &str) -> Option<Place> {
         self.sources.iter().rev().find_map(|source| source.place_of(key))
+    }
+}
+
+impl PersistenceConfig {
+    /// What an acknowledgement promises, and when the rest is made good.
+    #[must_use]
+    pub fn promise(&self) -> Persistence {
+        match (self.strategy, self.flush_policy) {
+            (PersistenceStrategy::DiskFirst, _) => Persistence::DiskFirst,
+            (PersistenceStrategy::MemFirst, FlushPolicy::Immediate) => {
+                Persistence::MemFirst { entries: 1, interval: Duration::ZERO }
+            }
+            (PersistenceStrategy::MemFirst, FlushPolicy::Batch(FlushBatch { threshold, interval_ms })) => {
+                Persistence::MemFirst { entries: threshold, interval: Duration::from_millis(interval_ms) }
+            }
+        }
     }
 }
 

@@ -398,12 +398,26 @@ fn bounds_that_would_let_nothing_through_are_refused() {
     );
     let batch = "[raft.persistence]\nflush_policy = { Batch = { threshold = 0, interval_ms = 20 } }";
     assert_refused(batch, &["n1.toml:2: raft.persistence.flush_policy", "1 or more"]);
+    for batch in ["threshold = 1, interval_ms = 60001", "threshold = 1000001, interval_ms = 1"] {
+        let batch = format!("[raft.persistence]\nflush_policy = {{ Batch = {{ {batch} }} }}");
+        assert_refused(&batch, &["n1.toml:2: raft.persistence.flush_policy", "at most 1000000", "60000"]);
+    }
+}
+
+#[test]
+fn what_an_acknowledgement_promises_follows_from_strategy_and_policy() {
+    let promise = |text: &str| load(&format!("[raft.persistence]\n{text}")).unwrap().raft.persistence.promise();
+    assert_eq!(promise(""), Persistence::DiskFirst);
+    let at_once = Persistence::MemFirst { entries: 1, interval: Duration::ZERO };
+    assert_eq!(promise("strategy = \"MemFirst\""), at_once);
+    let batch = "strategy = \"MemFirst\"\nflush_policy = { Batch = { threshold = 1000, interval_ms = 100 } }";
+    assert_eq!(promise(batch), Persistence::MemFirst { entries: 1000, interval: Duration::from_millis(100) });
+    assert!(load(&format!("[raft.persistence]\n{batch}")).unwrap().warnings.is_empty());
 }
 
 #[test]
 fn what_would_silently_not_be_honoured_is_refused_as_not_supported_yet() {
     for (text, key) in [
-        ("[raft.persistence]\nstrategy = \"MemFirst\"", "raft.persistence.strategy"),
         ("[raft.snapshot]\nenable = true", "raft.snapshot.enable"),
         ("[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\", status = 1 }]", "cluster.initial_cluster"),
     ] {

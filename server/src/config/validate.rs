@@ -33,9 +33,7 @@ fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: 
 
 fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     let joining = config.cluster.initial_cluster.iter().any(|member| member.status == MemberStatus::Joining);
-    let mem_first = config.raft.persistence.strategy == PersistenceStrategy::MemFirst;
-    let features: [(bool, &'static str, &'static str, &'static str); 3] = [
-        (mem_first, "raft.persistence.strategy", "\"MemFirst\"", "use \"DiskFirst\""),
+    let features: [(bool, &'static str, &'static str, &'static str); 2] = [
         (config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out"),
         (joining, "cluster.initial_cluster", "status \"joining\"", "list the founding members only, as \"active\""),
     ];
@@ -204,6 +202,15 @@ fn persistence(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
     if batch.threshold == 0 || batch.interval_ms == 0 {
         let remedy = "choose 1 or more for threshold and interval_ms, or use flush_policy = \"Immediate\"";
         return Err(invalid(config, KEY, "a batch of nothing, or of no time".into(), remedy));
+    }
+    if batch.threshold > limits::FLUSH_ENTRIES_MAX || batch.interval_ms > limits::FLUSH_INTERVAL_MS_MAX {
+        let (threshold, interval_ms) = (limits::FLUSH_ENTRIES_MAX, limits::FLUSH_INTERVAL_MS_MAX);
+        let problem = format!("{} entries or {} ms are out of bounds", batch.threshold, batch.interval_ms);
+        let remedy = format!("choose at most {threshold} for threshold and {interval_ms} for interval_ms");
+        return Err(invalid(config, KEY, problem, remedy));
+    }
+    if config.raft.persistence.strategy == PersistenceStrategy::MemFirst {
+        return Ok(());
     }
     config.warnings.push(format!(
         "{KEY} has nothing to do under strategy \"DiskFirst\": what is acknowledged is on the disks of a majority"

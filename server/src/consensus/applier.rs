@@ -1,7 +1,9 @@
 //! Feeds committed entries to the state machine and hands its answers to the callers.
 //!
 //! An entry is applied here only once it is durable in the local log: a quorum may commit it sooner, but a state
-//! machine that is ahead of its own log after a crash could not be replayed.
+//! machine that is ahead of its own log after a crash could not be replayed. Under `MemFirst` durable means written to the
+//! operating system: a killed process finds it there again. After a power cut the state machine may be ahead, which
+//! `handle` deals with at start.
 
 use std::io;
 use std::sync::Arc;

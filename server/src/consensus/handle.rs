@@ -11,6 +11,7 @@ use openraft::{SnapshotPolicy, StepDownPolicy};
 use tokio::sync::watch;
 
 use super::applier::Applier;
+use super::flusher::Persistence;
 use super::formation::{Formation, MembershipRefused};
 use super::gathering::{Gathering, Ticket};
 use super::leadership::{Applied, LeaderInfo, Leadership, Monitor, Role};
@@ -55,6 +56,8 @@ pub struct ConsensusConfig {
     pub application_address: String,
     /// The times Raft runs by.
     pub timings: Timings,
+    /// What an acknowledgement promises.
+    pub persistence: Persistence,
     /// Bytes of proposals that may wait for their answer.
     pub pending_bytes_max: usize,
 }
@@ -80,6 +83,20 @@ pub enum StartError {
         applied: LogIndex,
         /// The last entry of the log; 0: none.
         last: LogIndex,
+    },
+    /// Log and state machine contradict each other.
+    #[error(
+        "the state machine has applied entry {index} of term {applied}, but the log holds one of term {found} there: \
+         they are not of one node, or committed writes were lost; remove the member from the cluster, empty the whole \
+         data directory and add it again"
+    )]
+    StateOfAnotherLog {
+        /// The entry.
+        index: LogIndex,
+        /// Its term, as the state machine knows it.
+        applied: Term,
+        /// Its term in the log.
+        found: Term,
     },
     /// The directory cannot be used, or the disk failed.
     #[error(transparent)]
@@ -147,23 +164,20 @@ impl Consensus {
         let poison = Poison::default();
         let state = engine.state().map_err(Arc::new)?;
         let recovered = state_machine.applied();
-        check_log_reaches(&state, recovered.position)?;
+        check_log_reaches(&*engine, &state, recovered.position, config.persistence)?;
         let identity = claim_directory(&*engine, &state, config.node_id)?;
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
-        let log = Log::start(engine, &state, metrics.clone(), &poison).map_err(|error| StartError::Raft(error.to_string()))?;
+        let (applied_sender, applied) =
+            watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
+        let log = Log::start(engine, &state, config.persistence, applied.clone(), metrics.clone(), &poison)
+            .map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
         let peers = Peers::new(local.clone(), stall, tls.clone());
 
-        let (applied_sender, applied) =
-            watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
         let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
         let raft_config = Arc::new(raft_config(&config.timings)?);
         let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier);
-        let raft = poison
-            .clone()
-            .guard_openraft(raft)
-            .await
-            .map_err(|error| StartError::Raft(error.to_string()))?;
+        let raft = poison.clone().guard_openraft(raft).await.map_err(|error| StartError::Raft(error.to_string()))?;
 
         let quarantine = begin_quarantine(&raft, &state, &config.timings, &poison).await?;
         let leadership = Arc::new(Leadership::new());
@@ -175,7 +189,8 @@ impl Consensus {
             metrics: metrics.clone(),
         };
         let monitoring = tokio::spawn(poison.guard("the watch over leadership", monitor.run()));
-        let read_index = ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max, &poison);
+        let read_index =
+            ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max, &poison);
         let read_index = Arc::new(read_index);
         let mut initial_cluster = config.initial_cluster;
         initial_cluster.sort_by_key(|member| member.id);
@@ -435,13 +450,39 @@ impl Consensus {
     }
 }
 
-/// A state machine that is ahead of the log could never be brought to the state of the others.
-fn check_log_reaches(state: &StorageState, applied: Option<LogPosition>) -> Result<(), StartError> {
-    let last = state.last.max(state.purged).map_or(LogIndex(0), |position| position.index);
-    match applied {
-        Some(applied) if state.last.or(state.purged).is_none() || applied.index > last => {
-            Err(StartError::StateWithoutLog { applied: applied.index, last })
+/// Checks that state machine and log belong together.
+///
+/// A state machine that is ahead of its log could not be replayed. Under `DiskFirst` that is a lost log directory. Under
+/// `MemFirst` a power cut leaves it too, when the state machine's last batch reached the disk and the end of the log
+/// did not: what it applied was committed, so openraft lets the log begin anew behind it, as after a snapshot.
+fn check_log_reaches(
+    engine: &dyn StorageEngine,
+    state: &StorageState,
+    applied: Option<LogPosition>,
+    persistence: Persistence,
+) -> Result<(), StartError> {
+    let Some(applied) = applied else { return Ok(()) };
+    let end = state.last.max(state.purged);
+    if end.is_none_or(|end| end.index < applied.index) {
+        let last = end.map_or(LogIndex(0), |end| end.index);
+        // A log that was ever used holds a vote: that is on the disk under every policy.
+        if state.vote.is_none() || persistence == Persistence::DiskFirst {
+            return Err(StartError::StateWithoutLog { applied: applied.index, last });
         }
+        tracing::warn!(
+            applied = applied.index.get(),
+            log = last.get(),
+            "the end of the log was lost, as by a power cut under MemFirst; what was applied is kept"
+        );
+    }
+    let next = LogIndex(applied.index.get().saturating_add(1));
+    let entry = engine.read(applied.index, next, 0).map_err(Arc::new)?.pop();
+    match entry {
+        Some(entry) if entry.position != applied => Err(StartError::StateOfAnotherLog {
+            index: applied.index,
+            applied: applied.term,
+            found: entry.position.term,
+        }),
         _ => Ok(()),
     }
 }
@@ -483,7 +524,12 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
 }
 
 /// See `peer_service`. Ends by itself; until then this node neither votes nor campaigns.
-async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings, poison: &Poison) -> Result<Quarantine, StartError> {
+async fn begin_quarantine(
+    raft: &Raft,
+    state: &StorageState,
+    timings: &Timings,
+    poison: &Poison,
+) -> Result<Quarantine, StartError> {
     let never_promised = state.vote.is_none() && state.last.is_none() && state.purged.is_none();
     let voters = raft
         .with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<_>>())

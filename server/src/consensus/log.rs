@@ -1,6 +1,7 @@
 //! The Raft log between openraft and a [`StorageEngine`]: recent entries in memory, group commit to the disk.
 //!
 //! Appended entries are readable at once. One writer thread takes everything that waits, writes it with one fsync
+//! (none under `MemFirst`, unless a vote, an identity or a membership is among it: see [`flusher`](super::flusher))
 //! and reports all of it; while it does, the next group gathers. Steps reach the disk in the order openraft asked for
 //! them. Votes and truncations are waited for; a purge is not, since one that a crash undoes costs nothing.
 //!
@@ -27,8 +28,10 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::entry;
+use super::flusher::{Flusher, Persistence};
+use super::leadership::Applied;
 use super::poison::{Poison, ThreadGuard};
-use super::raft_types::{Entry, LogId, RaftVote, Types, from_position, from_vote, to_position, to_vote};
+use super::raft_types::{Entry, LogId, Payload, RaftVote, Types, from_position, from_vote, to_position, to_vote};
 use crate::metrics::Metrics;
 use crate::storage::{
     Durability, Identity, LogPosition, LogRecord, StorageEngine, StorageError, StorageOperation, StorageState,
@@ -45,6 +48,9 @@ const GROUP_BYTES_MAX: usize = 8 << 20;
 /// Jobs that may wait for the writer; openraft waits when it is full.
 const JOBS_MAX: usize = 1024;
 
+/// Takes the first disk error.
+pub(super) type FaultSender = Arc<watch::Sender<Option<Arc<StorageError>>>>;
+
 /// The log as openraft sees it. Clones share everything.
 #[derive(Clone)]
 pub(super) struct Log {
@@ -59,7 +65,9 @@ struct Shared {
     committed: Mutex<Option<LogPosition>>,
     jobs: mpsc::Sender<Job>,
     durable: watch::Receiver<Option<LogPosition>>,
-    fault: watch::Receiver<Option<Arc<StorageError>>>,
+    /// What the state machine has applied is never truncated.
+    applied: watch::Receiver<Applied>,
+    fault: FaultSender,
 }
 
 /// The newest end of the log, in memory.
@@ -74,7 +82,7 @@ struct Window {
 }
 
 enum Job {
-    Append { records: Vec<LogRecord>, callback: IOFlushed<Types> },
+    Append { records: Vec<LogRecord>, has_membership: bool, callback: IOFlushed<Types> },
     Truncate { last: Option<LogPosition>, done: oneshot::Sender<Result<(), Arc<StorageError>>> },
     Purge(LogPosition),
     Save { operation: StorageOperation, done: oneshot::Sender<Result<(), Arc<StorageError>>> },
@@ -86,12 +94,21 @@ impl Log {
     pub(super) fn start(
         engine: Arc<dyn StorageEngine>,
         state: &StorageState,
+        persistence: Persistence,
+        applied: watch::Receiver<Applied>,
         metrics: Arc<Metrics>,
         poison: &Poison,
     ) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel(JOBS_MAX);
         let (durable_sender, durable) = watch::channel(state.last.or(state.purged));
-        let (fault_sender, fault) = watch::channel(None);
+        let fault = FaultSender::default();
+        let flusher = match persistence {
+            Persistence::DiskFirst => None,
+            Persistence::MemFirst { entries, interval } => {
+                let guard = poison.guard_thread("the sync of the log");
+                Some(Flusher::start(engine.clone(), fault.clone(), entries, interval, guard)?)
+            }
+        };
         let shared = Arc::new(Shared {
             engine: engine.clone(),
             window: RwLock::new(Window { last: state.last, purged: state.purged, ..Window::default() }),
@@ -99,13 +116,16 @@ impl Log {
             committed: Mutex::new(None),
             jobs,
             durable,
-            fault,
+            applied,
+            fault: fault.clone(),
         });
-        let writer = Writer { engine, durable: durable_sender, fault: fault_sender, metrics };
+        let writer = Writer { engine, flusher, durable: durable_sender, fault, metrics };
         let weak = Arc::downgrade(&shared);
         let guard = poison.guard_thread("the writer of the log");
         let take_committed = move || weak.upgrade().and_then(|shared| shared.committed.lock().take());
-        std::thread::Builder::new().name("d-engine-log".into()).spawn(move || writer.run(queue, take_committed, &guard))?;
+        std::thread::Builder::new()
+            .name("d-engine-log".into())
+            .spawn(move || writer.run(queue, take_committed, &guard))?;
         Ok(Self { shared })
     }
 
@@ -116,14 +136,15 @@ impl Log {
         self.shared.jobs.closed().await;
     }
 
-    /// The last entry on the disk. An entry of the log is durable once this is not below it.
+    /// The last entry that is as safe as an acknowledgement promises: on the disk, or under `MemFirst` in the operating
+    /// system. An entry of the log is durable once this is not below it.
     pub(super) fn durable(&self) -> watch::Receiver<Option<LogPosition>> {
         self.shared.durable.clone()
     }
 
     /// The first disk error; after it nothing is acknowledged any more.
     pub(super) fn fault(&self) -> watch::Receiver<Option<Arc<StorageError>>> {
-        self.shared.fault.clone()
+        self.shared.fault.subscribe()
     }
 
     /// Makes the identity durable.
@@ -146,6 +167,28 @@ impl Log {
             Ok(Err(error)) => Err(io::Error::other(error)),
             Err(_) => Err(writer_is_gone()),
         }
+    }
+
+    /// An entry applied here was committed. A leader that lacks it was elected by nodes that lost it, to a power cut
+    /// under `MemFirst` or to a lost disk; to follow it would leave this node with a state that nobody else has.
+    fn refuse_to_drop_applied(&self, last: Option<LogPosition>) -> io::Result<()> {
+        let last = last.map_or(LogIndex(0), |last| last.index);
+        let Some(applied) = self.shared.applied.borrow().position.filter(|applied| applied.index > last) else {
+            return Ok(());
+        };
+        let error = Arc::new(StorageError::Corrupt {
+            what: format!("log entry {}", applied.index),
+            path: "the data directory".into(),
+            message: format!(
+                "it was committed and applied here, and the leader's log goes on from entry {last} without it: other \
+                 members lost committed writes"
+            ),
+        });
+        self.shared.fault.send_if_modified(|fault| {
+            fault.get_or_insert_with(|| error.clone());
+            true
+        });
+        Err(io::Error::other(error))
     }
 
     async fn submit(&self, job: Job) -> io::Result<()> {
@@ -312,20 +355,23 @@ impl RaftLogStorage<Types> for Log {
         I::IntoIter: OptionalSend,
     {
         let mut records = Vec::new();
+        let mut has_membership = false;
         {
             let mut window = self.shared.window.write();
             for entry in entries {
                 let record = entry::encode(&entry);
+                has_membership |= matches!(entry.payload, Payload::Membership(_));
                 window.push(entry, record.payload.len() + ENTRY_OVERHEAD_BYTES);
                 records.push(record);
             }
             window.trim(*self.shared.durable.borrow());
         }
-        self.submit(Job::Append { records, callback }).await
+        self.submit(Job::Append { records, has_membership, callback }).await
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let last = last.as_ref().map(to_position);
+        self.refuse_to_drop_applied(last)?;
         self.shared.window.write().truncate_after(last);
         self.submit_and_wait(|done| Job::Truncate { last, done }).await
     }
@@ -365,8 +411,10 @@ fn writer_is_gone() -> io::Error {
 /// The one thread that writes.
 struct Writer {
     engine: Arc<dyn StorageEngine>,
+    /// Under `MemFirst`.
+    flusher: Option<Flusher>,
     durable: watch::Sender<Option<LogPosition>>,
-    fault: watch::Sender<Option<Arc<StorageError>>>,
+    fault: FaultSender,
     metrics: Arc<Metrics>,
 }
 
@@ -380,7 +428,7 @@ impl Writer {
         let mut stopping = false;
         let mut committed = None;
         while !stopping {
-            let Some(first) = queue.blocking_recv() else { return };
+            let Some(first) = queue.blocking_recv() else { break };
             guard.pass();
             let mut group = Group::default();
             let mut next = Some(first);
@@ -396,17 +444,28 @@ impl Writer {
             }
             self.commit(group);
         }
+        if let Some(flusher) = self.flusher {
+            flusher.stop();
+        }
     }
 
     fn commit(&self, group: Group) {
         let started = Instant::now();
-        let result = match &*self.fault.borrow() {
-            Some(error) => Err(error.clone()),
-            None => self.engine.write(&group.operations, Durability::Fsync).map_err(Arc::new),
+        let fault = self.fault.borrow().clone();
+        let durability = match &self.flusher {
+            Some(_) if !group.needs_disk => Durability::OperatingSystem,
+            _ => Durability::Fsync,
+        };
+        let result = match fault {
+            Some(error) => Err(error),
+            None => self.engine.write(&group.operations, durability).map_err(Arc::new),
         };
         self.metrics.log_write(started.elapsed());
         match result {
             Ok(()) => {
+                if let (Some(flusher), Durability::OperatingSystem) = (&self.flusher, durability) {
+                    flusher.written(group.entries);
+                }
                 if let Some(last) = group.last {
                     self.durable.send_replace(last);
                 }
@@ -432,9 +491,14 @@ impl Writer {
     }
 }
 
-/// What one fsync makes durable.
+/// What one write makes durable.
 #[derive(Default)]
 struct Group {
+    /// Whether it holds what must be on the disk under every policy: a node that forgets its vote elects two leaders of
+    /// one term, and one that forgets who the other members are takes itself for the sole voter.
+    needs_disk: bool,
+    /// Appended.
+    entries: u64,
     operations: Vec<StorageOperation>,
     callbacks: Vec<IOFlushed<Types>>,
     saves: Vec<oneshot::Sender<Result<(), Arc<StorageError>>>>,
@@ -447,7 +511,9 @@ impl Group {
     /// Whether the job asks to stop.
     fn add(&mut self, job: Job) -> bool {
         match job {
-            Job::Append { records, callback } => {
+            Job::Append { records, has_membership, callback } => {
+                self.needs_disk |= has_membership;
+                self.entries += records.len() as u64;
                 self.last = records.last().map(|record| Some(record.position)).or(self.last);
                 self.bytes += records.iter().map(|record| record.payload.len()).sum::<usize>();
                 self.operations.extend(records.into_iter().map(StorageOperation::Append));
@@ -460,6 +526,7 @@ impl Group {
             }
             Job::Purge(upto) => self.operations.push(StorageOperation::PurgeTo(upto)),
             Job::Save { operation, done } => {
+                self.needs_disk = true;
                 self.operations.push(operation);
                 self.saves.push(done);
             }
@@ -471,19 +538,30 @@ impl Group {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use openraft::AsyncRuntime;
     use openraft::async_runtime::oneshot::Oneshot;
 
     use super::super::raft_types::Payload;
     use super::super::runtime::Runtime;
     use super::*;
+    use crate::state_machine::StoreTime;
     use crate::storage::MemoryStorageEngine;
 
     type Signals = <Runtime as AsyncRuntime>::Oneshot;
 
     fn start(engine: &Arc<MemoryStorageEngine>) -> Log {
+        start_as(engine.clone(), Persistence::DiskFirst, nothing_applied())
+    }
+
+    fn start_as(engine: Arc<dyn StorageEngine>, persistence: Persistence, applied: watch::Receiver<Applied>) -> Log {
         let state = engine.state().unwrap();
-        Log::start(engine.clone(), &state, Arc::default(), &Poison::default()).unwrap()
+        Log::start(engine, &state, persistence, applied, Arc::default(), &Poison::default()).unwrap()
+    }
+
+    fn nothing_applied() -> watch::Receiver<Applied> {
+        watch::channel(Applied { position: None, store_time: StoreTime::default() }).1
     }
 
     fn blank(term: u64, index: u64) -> Entry {
@@ -577,13 +655,16 @@ mod tests {
             self.1.lock().recv().unwrap();
             self.0.write(operations, durability)
         }
+        fn sync(&self) -> Result<(), StorageError> {
+            self.0.sync()
+        }
     }
 
     #[tokio::test]
     async fn what_replaces_a_tail_waits_until_the_tail_is_gone_from_the_disk() {
         let (allow, allowed) = std::sync::mpsc::sync_channel(8);
         let engine = Arc::new(Gated(MemoryStorageEngine::default(), Mutex::new(allowed)));
-        let mut log = Log::start(engine.clone(), &StorageState::default(), Arc::default(), &Poison::default()).unwrap();
+        let mut log = start_as(engine.clone(), Persistence::DiskFirst, nothing_applied());
         allow.send(()).unwrap();
         append(&mut log, (0..6).map(|index| blank(1, index)).collect()).await.unwrap();
         log.append((6..40).map(|index| blank(3, index)).collect::<Vec<_>>(), IOFlushed::noop()).await.unwrap();
@@ -594,5 +675,84 @@ mod tests {
         truncating.await.unwrap();
         assert_eq!(*log.durable().borrow(), Some(LogPosition { term: 1.into(), index: 5.into() }));
         assert_eq!(engine.state().unwrap().last, Some(LogPosition { term: 1.into(), index: 5.into() }));
+    }
+
+    /// Takes down how sure each write had to be, and each sync.
+    #[derive(Default)]
+    struct Recorded(MemoryStorageEngine, Mutex<Vec<Option<Durability>>>);
+
+    impl StorageEngine for Recorded {
+        fn state(&self) -> Result<StorageState, StorageError> {
+            self.0.state()
+        }
+        fn read(&self, start: LogIndex, end: LogIndex, bytes_max: usize) -> Result<Vec<LogRecord>, StorageError> {
+            self.0.read(start, end, bytes_max)
+        }
+        fn write(&self, operations: &[StorageOperation], durability: Durability) -> Result<(), StorageError> {
+            self.1.lock().push(Some(durability));
+            self.0.write(operations, durability)
+        }
+        fn sync(&self) -> Result<(), StorageError> {
+            self.1.lock().push(None);
+            self.0.sync()
+        }
+    }
+
+    fn membership(index: u64) -> Entry {
+        let membership = openraft::Membership::new_with_defaults(vec![[1].into()], []);
+        Entry { log_id: LogId::new_term_index(1, index), payload: Payload::Membership(membership) }
+    }
+
+    #[tokio::test]
+    async fn mem_first_syncs_by_the_policy_and_what_must_never_be_lost_at_once() {
+        const FSYNC: Option<Durability> = Some(Durability::Fsync);
+        const WRITTEN: Option<Durability> = Some(Durability::OperatingSystem);
+        const SYNCED: Option<Durability> = None;
+        let engine = Arc::new(Recorded::default());
+        let persistence = Persistence::MemFirst { entries: 3, interval: Duration::from_secs(3600) };
+        let mut log = start_as(engine.clone(), persistence, nothing_applied());
+        log.save_vote(&RaftVote::new(1, 1)).await.unwrap();
+        append(&mut log, vec![membership(0)]).await.unwrap();
+        append(&mut log, vec![blank(1, 1)]).await.unwrap();
+        append(&mut log, vec![blank(1, 2)]).await.unwrap();
+        assert_eq!(*log.durable().borrow(), Some(LogPosition { term: 1.into(), index: 2.into() }));
+        assert_eq!(*engine.1.lock(), [FSYNC, FSYNC, WRITTEN, WRITTEN]);
+        append(&mut log, vec![blank(1, 3)]).await.unwrap();
+        has_synced(&engine).await;
+        append(&mut log, vec![membership(4)]).await.unwrap();
+        append(&mut log, vec![blank(1, 5)]).await.unwrap();
+        log.stop().await;
+        assert_eq!(engine.1.lock()[4..], [WRITTEN, SYNCED, FSYNC, WRITTEN, SYNCED]);
+    }
+
+    async fn has_synced(engine: &Recorded) {
+        let start = Instant::now();
+        while !engine.1.lock().contains(&None) {
+            assert!(start.elapsed() < Duration::from_secs(60), "never synced");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn mem_first_syncs_after_the_interval() {
+        let engine = Arc::new(Recorded::default());
+        let persistence = Persistence::MemFirst { entries: u64::MAX, interval: Duration::from_millis(1) };
+        let mut log = start_as(engine.clone(), persistence, nothing_applied());
+        append(&mut log, vec![blank(1, 0)]).await.unwrap();
+        has_synced(&engine).await;
+    }
+
+    #[tokio::test]
+    async fn what_was_applied_is_never_truncated() {
+        let engine = Arc::new(MemoryStorageEngine::default());
+        let (applying, applied) = watch::channel(Applied { position: None, store_time: StoreTime::default() });
+        let mut log = start_as(engine.clone(), Persistence::DiskFirst, applied);
+        append(&mut log, (0..6).map(|index| blank(1, index)).collect()).await.unwrap();
+        applying.send_modify(|applied| applied.position = Some(LogPosition { term: 1.into(), index: 3.into() }));
+        log.truncate_after(Some(LogId::new_term_index(1, 3))).await.unwrap();
+        assert!(log.fault().borrow().is_none());
+        log.truncate_after(Some(LogId::new_term_index(1, 2))).await.unwrap_err();
+        assert!(log.fault().borrow().as_ref().is_some_and(|error| error.to_string().contains("log entry 3")));
+        assert_eq!(engine.state().unwrap().last, Some(LogPosition { term: 1.into(), index: 3.into() }));
     }
 }

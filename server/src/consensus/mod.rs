@@ -14,6 +14,7 @@
 mod appends;
 mod applier;
 mod entry;
+mod flusher;
 mod formation;
 mod gathering;
 mod handle;
@@ -30,6 +31,7 @@ mod runtime;
 #[cfg(test)]
 mod tests;
 
+pub use flusher::Persistence;
 pub use formation::MembershipRefused;
 pub use gathering::{Gathering, Ticket};
 pub use handle::{Consensus, ConsensusConfig, RaftProgress, StartError, Timings};

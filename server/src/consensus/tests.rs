@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use d_engine_proto::{NodeId, v1};
+use d_engine_proto::{LogIndex, NodeId, Term, v1};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -16,7 +16,9 @@ use super::*;
 use crate::clock::Moment;
 use crate::metrics::Metrics;
 use crate::state_machine::{AppliedState, CommittedEntry, EntryContent, StateMachine, StoreTime};
-use crate::storage::{LogPosition, MemoryStorageEngine, StorageEngine, StorageError};
+use crate::storage::{
+    Durability, LogPosition, LogRecord, MemoryStorageEngine, StorageEngine, StorageError, StorageOperation, Vote,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const TIMINGS: Timings = Timings {
@@ -95,6 +97,7 @@ impl Node {
             client_address: format!("client-{id}"),
             application_address: String::new(),
             timings: TIMINGS,
+            persistence: Persistence::DiskFirst,
             pending_bytes_max: 1 << 20,
         };
         let engine: Arc<dyn StorageEngine> = engine;
@@ -353,6 +356,7 @@ async fn another_nodes_directory_is_refused() {
         client_address: String::new(),
         application_address: String::new(),
         timings: TIMINGS,
+        persistence: Persistence::DiskFirst,
         pending_bytes_max: 1 << 20,
     };
     let engine: Arc<dyn StorageEngine> = engine;
@@ -393,6 +397,26 @@ async fn an_initial_learner_becomes_a_member_and_follows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_state_without_its_log_is_refused() {
+    // The log's directory was replaced: whatever the policy, it holds not even a vote.
+    for persistence in [Persistence::DiskFirst, Persistence::MemFirst { entries: 1, interval: Duration::ZERO }] {
+        let refused = start_ahead(&[], persistence).await.unwrap_err();
+        assert!(matches!(refused, StartError::StateWithoutLog { .. }), "{refused}");
+    }
+    // Its end is missing, and nothing acknowledged may be.
+    let refused = start_ahead(&used_log(&[(3, 15), (3, 16)]), Persistence::DiskFirst).await.unwrap_err();
+    assert!(matches!(refused, StartError::StateWithoutLog { last: LogIndex(16), .. }), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_of_another_log_is_refused() {
+    for persistence in [Persistence::DiskFirst, Persistence::MemFirst { entries: 1, interval: Duration::ZERO }] {
+        let refused = start_ahead(&used_log(&[(2, 16), (2, 17), (4, 18)]), persistence).await.unwrap_err();
+        assert!(matches!(refused, StartError::StateOfAnotherLog { applied: Term(3), found: Term(2), .. }), "{refused}");
+    }
+}
+
+/// Starts a node whose state machine has applied entry 17 of term 3, over a log that holds what is given.
+async fn start_ahead(log: &[StorageOperation], persistence: Persistence) -> Result<(), StartError> {
     let list = Arc::new(List::default());
     list.0.lock().0.position = Some(LogPosition { term: 3.into(), index: 17.into() });
     let config = ConsensusConfig {
@@ -401,9 +425,19 @@ async fn a_state_without_its_log_is_refused() {
         client_address: String::new(),
         application_address: String::new(),
         timings: TIMINGS,
+        persistence,
         pending_bytes_max: 1 << 20,
     };
     let engine: Arc<dyn StorageEngine> = Arc::new(MemoryStorageEngine::default());
-    let refused = Consensus::start(config, engine, list, Arc::default(), None).await.err().unwrap();
-    assert!(matches!(refused, StartError::StateWithoutLog { .. }), "{refused}");
+    engine.write(log, Durability::Fsync).unwrap();
+    Consensus::start(config, engine, list, Arc::default(), None).await.map(|_| ())
+}
+
+fn used_log(entries: &[(u64, u64)]) -> Vec<StorageOperation> {
+    let vote = Vote { term: Term(4), node_id: NodeId(2), committed: true };
+    let append = |(term, index): &(u64, u64)| {
+        let position = LogPosition { term: Term(*term), index: LogIndex(*index) };
+        StorageOperation::Append(LogRecord { position, payload: Bytes::from_static(&[0]) })
+    };
+    [StorageOperation::SaveVote(vote)].into_iter().chain(entries.iter().map(append)).collect()
 }

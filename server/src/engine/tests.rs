@@ -67,6 +67,7 @@ impl Cluster {
                 client_address: address(&listener),
                 application_address: String::new(),
                 timings: node_config.raft.timings(),
+                persistence: node_config.raft.persistence.promise(),
                 pending_bytes_max: node_config.raft.backpressure.max_pending_bytes,
             };
             let metrics = Arc::new(Metrics::new());

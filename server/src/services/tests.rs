@@ -63,6 +63,7 @@ impl Node {
             client_address: address.to_string(),
             application_address: String::new(),
             timings: config.raft.timings(),
+            persistence: config.raft.persistence.promise(),
             pending_bytes_max: config.raft.backpressure.max_pending_bytes,
         };
         let storage = Arc::new(MemoryStorageEngine::default());

@@ -65,6 +65,10 @@ impl StorageEngine for MemoryStorageEngine {
         Ok(records)
     }
 
+    fn sync(&self) -> Result<(), StorageError> {
+        if self.content.read().poisoned { Err(refused("an earlier write failed")) } else { Ok(()) }
+    }
+
     fn write(&self, operations: &[StorageOperation], _durability: Durability) -> Result<(), StorageError> {
         let mut content = self.content.write();
         if content.poisoned {

@@ -133,6 +133,15 @@ pub trait StorageEngine: Send + Sync + 'static {
     /// # Errors
     /// [`StorageError::Io`], a full disk included; [`StorageError::Refused`].
     fn write(&self, operations: &[StorageOperation], durability: Durability) -> Result<(), StorageError>;
+
+    /// Makes durable what was written before the call, as if it had been written with [`Durability::Fsync`]. Another
+    /// thread may write meanwhile; it hardly waits.
+    ///
+    /// After an error every later write fails too.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`], also when an earlier write failed.
+    fn sync(&self) -> Result<(), StorageError>;
 }
 
 /// Why stored data cannot be used. Every variant names the place and the remedy.

@@ -173,12 +173,18 @@ impl StorageEngine for RocksDBStorageEngine {
         Ok(records)
     }
 
+    fn sync(&self) -> Result<(), StorageError> {
+        self.writer.lock().check_poison(self.path())?;
+        let synced = self.db.flush_wal(true).map_err(|error| storage_error("sync log in", self.path(), &error));
+        if let Err(error) = &synced {
+            self.writer.lock().poison.get_or_insert_with(|| error.to_string());
+        }
+        synced
+    }
+
     fn write(&self, operations: &[StorageOperation], durability: Durability) -> Result<(), StorageError> {
         let mut writer = self.writer.lock();
-        if let Some(first) = &writer.poison {
-            let message = format!("an earlier write failed: {first}");
-            return Err(StorageError::Io { action: "write log in", path: self.path().into(), message });
-        }
+        writer.check_poison(self.path())?;
         let written = writer.write(&self.db, self.path(), operations, durability);
         if let Err(error) = &written {
             writer.poison = Some(error.to_string());
@@ -188,6 +194,12 @@ impl StorageEngine for RocksDBStorageEngine {
 }
 
 impl Writer {
+    fn check_poison(&self, path: &Path) -> Result<(), StorageError> {
+        let Some(first) = &self.poison else { return Ok(()) };
+        let message = format!("an earlier write failed: {first}");
+        Err(StorageError::Io { action: "write log in", path: path.into(), message })
+    }
+
     fn write(
         &mut self,
         db: &DB,

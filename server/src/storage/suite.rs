@@ -227,6 +227,7 @@ fn refuses_holes_and_then_everything<S: Subject>(subject: &mut S) {
         let error = engine.write(&operations, Durability::Fsync).err();
         assert!(matches!(error, Some(StorageError::Refused { .. })), "entry {refused} after 4: {error:?}");
         assert!(engine.write(&[append(1, 5, b"good")], Durability::Fsync).is_err(), "a write after a failed one");
+        assert!(engine.sync().is_err(), "a sync after a failed write");
         engine = subject.reopen(engine);
         assert_eq!(state(&engine), before, "refused {refused}");
         assert_eq!(read(&engine, 0, 100, usize::MAX), [record(1, 4, b"kept")], "refused {refused}");
@@ -248,6 +249,9 @@ fn follows_the_model<S: Subject>(subject: &mut S, seed: u64, steps: usize, reope
         let durability = if rng.bool() { Durability::Fsync } else { Durability::OperatingSystem };
         let written = engine.write(&operations, durability);
         assert!(written.is_ok(), "{context}: {written:?}");
+        if rng.u8(0..8) == 0 {
+            succeed(engine.sync());
+        }
         assert_matches(&engine, &model, &mut rng, &context);
         if rng.f64() < reopen_probability {
             engine = subject.reopen(engine);
