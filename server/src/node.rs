@@ -8,7 +8,7 @@ use d_engine_proto::{NodeId, v1};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
+use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, MemberStatus, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{Engine, EngineConfig, ReadPolicy};
 use crate::metrics::Metrics;
@@ -200,6 +200,7 @@ fn consensus_config(config: &RaftNodeConfig) -> ConsensusConfig {
             id: member.id,
             address: member.address.clone(),
             learner: member.role == MemberRole::Learner,
+            joining: member.status == MemberStatus::Joining,
         })
         .collect();
     ConsensusConfig {

@@ -26,8 +26,10 @@ mod proposer;
 mod raft_types;
 mod read_index;
 mod runtime;
+mod steward;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use formation::MembershipRefused;
 pub use gathering::{Gathering, Ticket};
@@ -37,3 +39,5 @@ pub use member::{Member, Membership};
 pub use peer_service::Server as PeerServer;
 pub use proposer::{Answer, ProposeError};
 pub use read_index::ReadIndexError;
+pub use steward::{ChangeError, MemberChange};
+pub use transfer::TransferError;

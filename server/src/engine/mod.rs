@@ -16,6 +16,7 @@ mod expiry;
 mod history;
 mod leases;
 mod maintenance;
+mod members;
 mod pipeline;
 mod reads;
 mod renewals;
@@ -150,7 +151,10 @@ impl Engine {
     }
 
     fn leader_hint(&self) -> Option<v1::LeaderHint> {
-        let leader = self.inner.consensus.leader()?;
+        self.hint_of(self.inner.consensus.leader()?)
+    }
+
+    fn hint_of(&self, leader: LeaderInfo) -> Option<v1::LeaderHint> {
         let membership = self.inner.consensus.membership();
         let member = membership.get(NodeId(leader.leader_id))?;
         Some(v1::LeaderHint {
