@@ -113,10 +113,12 @@ macro_rules! without_keys {
 without_keys!(Enter:
     MembersRequest, StatusRequest, LeaseGrantRequest, LeaseRevokeRequest, LeaseRenewRequest, LeaseTimeToLiveRequest,
     LeaseListRequest, SessionRegisterRequest, SessionRenewRequest, SessionCloseRequest, CompactRequest,
+    ChangeMemberRequest, TransferLeadershipRequest,
 );
 without_keys!(Leave:
     MembersResponse, StatusResponse, LeaseGrantResponse, LeaseRevokeResponse, LeaseRenewResponse, LeaseListResponse,
     SessionRegisterResponse, SessionRenewResponse, SessionCloseResponse, CompactResponse,
+    ChangeMemberResponse, TransferLeadershipResponse,
 );
 
 macro_rules! with_one_key {

@@ -90,6 +90,8 @@ unary! {
     "compact", "/d_engine.v1.Maintenance/Compact": Compact CompactRequest => CompactResponse | repeatable: true;
     "members", "/d_engine.v1.Cluster/Members": Members MembersRequest => MembersResponse;
     "status", "/d_engine.v1.Cluster/Status": Status StatusRequest => StatusResponse;
+    "change member", "/d_engine.v1.Cluster/ChangeMember": ChangeMember ChangeMemberRequest => ChangeMemberResponse;
+    "transfer leadership", "/d_engine.v1.Cluster/TransferLeadership": TransferLeadership TransferLeadershipRequest => TransferLeadershipResponse;
 }
 
 #[cfg(test)]

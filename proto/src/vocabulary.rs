@@ -24,7 +24,7 @@ pub enum ErrorCode {
     Behind,
     /// The leader was deposed after it had accepted the write; a successor may still commit it.
     LeadershipLost,
-    /// The server's configuration forbids what was asked, such as overriding the read policy.
+    /// The server's configuration or the state of the cluster forbids what was asked, such as overriding the read policy or removing a member that the quorum needs.
     FailedPrecondition,
     /// The answering node belongs to another cluster, to another restore epoch, or is not who it should be.
     WrongCluster,
@@ -135,7 +135,7 @@ impl ErrorCode {
                 "The leader was deposed after it had accepted the write; a successor may still commit it."
             }
             Self::FailedPrecondition => {
-                "The server's configuration forbids what was asked, such as overriding the read policy."
+                "The server's configuration or the state of the cluster forbids what was asked, such as overriding the read policy or removing a member that the quorum needs."
             }
             Self::WrongCluster => {
                 "The answering node belongs to another cluster, to another restore epoch, or is not who it should be."
@@ -171,7 +171,9 @@ impl ErrorCode {
             Self::FutureRevision => "Read at a revision that an answer has carried.",
             Self::Behind => "Ask another node, or allow more time.",
             Self::LeadershipLost => "Read the key before writing again.",
-            Self::FailedPrecondition => "Drop the option the message names, or have the operator allow it.",
+            Self::FailedPrecondition => {
+                "Do what the message names: drop the option, have the operator allow it, or bring the cluster into the state it asks for."
+            }
             Self::WrongCluster => "Check the endpoints; they must all belong to one cluster.",
             Self::Unsupported => "Upgrade the server, or use an operation that its version has.",
             Self::Internal => "Look at the node's log; the other members go on.",

@@ -42,6 +42,13 @@ pub const APPEND_ENTRIES_MAX: u64 = 4096;
 /// Messages to one peer that wait for its connection.
 pub const APPENDS_IN_FLIGHT_MAX: usize = 64;
 
+/// Log entries that a learner may lack when it becomes a voter, and a voter when it is to lead. A busy leader has some
+/// in flight at any time.
+pub const LEARNER_LAG_ENTRIES_MAX: u64 = 100;
+
+/// Changes of the membership that wait for their turn, and nodes that ask to join.
+pub const MEMBER_CHANGES_WAITING_MAX: usize = 16;
+
 /// Linearizable reads that wait for the confirmation of leadership they share.
 pub const READS_WAITING_MAX: usize = 65_536;
 

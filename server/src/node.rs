@@ -12,7 +12,7 @@ use futures_util::future::{BoxFuture, FutureExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
+use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, MemberStatus, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy};
 use crate::limits::ABANDON_TIMEOUT;
@@ -366,6 +366,7 @@ fn consensus_config(config: &RaftNodeConfig, serves: bool) -> ConsensusConfig {
             id: member.id,
             address: member.address.clone(),
             learner: member.role == MemberRole::Learner,
+            joining: member.status == MemberStatus::Joining,
         })
         .collect();
     ConsensusConfig {

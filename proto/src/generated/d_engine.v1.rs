@@ -21,7 +21,7 @@ pub enum ErrorCode {
     Behind = 8,
     /// The leader was deposed after it had accepted the write; a successor may still commit it.
     LeadershipLost = 9,
-    /// The server's configuration forbids what was asked, such as overriding the read policy.
+    /// The server's configuration or the state of the cluster forbids what was asked, such as overriding the read policy or removing a member that the quorum needs.
     FailedPrecondition = 10,
     /// The answering node belongs to another cluster, to another restore epoch, or is not who it should be.
     WrongCluster = 11,
@@ -212,6 +212,9 @@ pub struct Member {
     /// Free address of the application that embeds it; may be empty.
     #[prost(string, tag = "5")]
     pub application_address: ::prost::alloc::string::String,
+    /// A learner that the leader makes a voter once it has caught up.
+    #[prost(bool, tag = "6")]
+    pub promotable: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MembersRequest {}
@@ -223,6 +226,79 @@ pub struct MembersResponse {
     pub members: ::prost::alloc::vec::Vec<Member>,
     /// Absent while no leader is known.
     #[prost(message, optional, tag = "3")]
+    pub leader: ::core::option::Option<LeaderHint>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeMemberRequest {
+    /// Do it although fewer voters than a quorum answer afterwards. The cluster then takes no writes until enough of them
+    /// are back, and the change itself may wait for that.
+    #[prost(bool, tag = "5")]
+    pub force: bool,
+    #[prost(oneof = "change_member_request::Change", tags = "1, 2, 3, 4")]
+    pub change: ::core::option::Option<change_member_request::Change>,
+}
+/// Nested message and enum types in `ChangeMemberRequest`.
+pub mod change_member_request {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Change {
+        #[prost(message, tag = "1")]
+        Add(super::AddMember),
+        #[prost(message, tag = "2")]
+        Promote(super::PromoteMember),
+        #[prost(message, tag = "3")]
+        Demote(super::DemoteMember),
+        #[prost(message, tag = "4")]
+        Remove(super::RemoveMember),
+    }
+}
+/// Adds a fresh node, which runs and waits for it, as a learner. Its id and its other addresses are what it says.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddMember {
+    /// Where its peers reach it, host:port.
+    #[prost(string, tag = "1")]
+    pub peer_address: ::prost::alloc::string::String,
+    /// Keep it a learner; otherwise it becomes a voter once it has caught up.
+    #[prost(bool, tag = "2")]
+    pub stays_learner: bool,
+}
+/// Makes a learner that has caught up a voter.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PromoteMember {
+    #[prost(uint32, tag = "1")]
+    pub id: u32,
+}
+/// Makes a voter a learner that stays one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DemoteMember {
+    #[prost(uint32, tag = "1")]
+    pub id: u32,
+}
+/// Removes a voter or a learner, dead or alive. A node that runs notices and stops.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveMember {
+    #[prost(uint32, tag = "1")]
+    pub id: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ChangeMemberResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// The members after the change.
+    #[prost(message, repeated, tag = "2")]
+    pub members: ::prost::alloc::vec::Vec<Member>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TransferLeadershipRequest {
+    /// The voter that is to lead; 0: the one that is the most up to date.
+    #[prost(uint32, tag = "1")]
+    pub to: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TransferLeadershipResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// Who leads now.
+    #[prost(message, optional, tag = "2")]
     pub leader: ::core::option::Option<LeaderHint>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -432,6 +508,37 @@ pub mod cluster_client {
             req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Cluster", "Status"));
             self.inner.unary(req, path, codec).await
         }
+        /// Changes who belongs to the cluster, one member at a time. The leader answers once the change is committed. To
+        /// remove or demote the leader itself, it hands over leadership and answers NOT_LEADER: ask the next one.
+        pub async fn change_member(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ChangeMemberRequest>,
+        ) -> std::result::Result<tonic::Response<super::ChangeMemberResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Cluster/ChangeMember");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Cluster", "ChangeMember"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The leader hands leadership to another voter, and answers once that leads.
+        pub async fn transfer_leadership(
+            &mut self,
+            request: impl tonic::IntoRequest<super::TransferLeadershipRequest>,
+        ) -> std::result::Result<tonic::Response<super::TransferLeadershipResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Cluster/TransferLeadership");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Cluster", "TransferLeadership"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -452,6 +559,17 @@ pub mod cluster_server {
             &self,
             request: tonic::Request<super::StatusRequest>,
         ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
+        /// Changes who belongs to the cluster, one member at a time. The leader answers once the change is committed. To
+        /// remove or demote the leader itself, it hands over leadership and answers NOT_LEADER: ask the next one.
+        async fn change_member(
+            &self,
+            request: tonic::Request<super::ChangeMemberRequest>,
+        ) -> std::result::Result<tonic::Response<super::ChangeMemberResponse>, tonic::Status>;
+        /// The leader hands leadership to another voter, and answers once that leads.
+        async fn transfer_leadership(
+            &self,
+            request: tonic::Request<super::TransferLeadershipRequest>,
+        ) -> std::result::Result<tonic::Response<super::TransferLeadershipResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct ClusterServer<T> {
@@ -570,6 +688,62 @@ pub mod cluster_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = StatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Cluster/ChangeMember" => {
+                    #[allow(non_camel_case_types)]
+                    struct ChangeMemberSvc<T: Cluster>(pub Arc<T>);
+                    impl<T: Cluster> tonic::server::UnaryService<super::ChangeMemberRequest> for ChangeMemberSvc<T> {
+                        type Response = super::ChangeMemberResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::ChangeMemberRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Cluster>::change_member(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ChangeMemberSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Cluster/TransferLeadership" => {
+                    #[allow(non_camel_case_types)]
+                    struct TransferLeadershipSvc<T: Cluster>(pub Arc<T>);
+                    impl<T: Cluster> tonic::server::UnaryService<super::TransferLeadershipRequest> for TransferLeadershipSvc<T> {
+                        type Response = super::TransferLeadershipResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::TransferLeadershipRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Cluster>::transfer_leadership(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = TransferLeadershipSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(accept_compression_encodings, send_compression_encodings)
@@ -2971,6 +3145,9 @@ pub struct StoredMember {
     pub application_address: ::prost::alloc::string::String,
     #[prost(fixed64, tag = "5")]
     pub incarnation: u64,
+    /// A learner that the leader makes a voter once it has caught up.
+    #[prost(bool, tag = "6")]
+    pub promotable: bool,
 }
 /// Who speaks and who is meant. A node refuses what is not meant for it, so that a disk lost, a directory swapped
 /// or an address reused can never vote or acknowledge under a name that is not its own.
@@ -2997,6 +3174,20 @@ pub struct InitialMember {
     pub address: ::prost::alloc::string::String,
     #[prost(bool, tag = "3")]
     pub learner: bool,
+    /// Waits to be added to a cluster instead of forming one; it is promoted once it has caught up.
+    #[prost(bool, tag = "4")]
+    pub joining: bool,
+}
+/// Where a node is reached, each host:port.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Addresses {
+    #[prost(string, tag = "1")]
+    pub peer: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub client: ::prost::alloc::string::String,
+    /// May be empty.
+    #[prost(string, tag = "3")]
+    pub application: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HelloRequest {
@@ -3007,6 +3198,9 @@ pub struct HelloRequest {
     /// The sender's list as configured, sorted by id.
     #[prost(message, repeated, tag = "3")]
     pub initial_cluster: ::prost::alloc::vec::Vec<InitialMember>,
+    /// Where the sender is reached now, so that a member that moved is found.
+    #[prost(message, optional, tag = "4")]
+    pub addresses: ::core::option::Option<Addresses>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HelloResponse {
@@ -3028,6 +3222,17 @@ pub struct HelloResponse {
     /// The incarnation under which the answering node's membership knows the sender; 0: not a member.
     #[prost(fixed64, tag = "8")]
     pub known_incarnation: u64,
+    /// The last membership that the answering node knows to be committed; unset: none.
+    #[prost(message, optional, tag = "9")]
+    pub membership: ::core::option::Option<LogId>,
+    /// Whether that membership has the sender, by its incarnation.
+    #[prost(bool, tag = "10")]
+    pub is_member: bool,
+    /// Whom the answering node takes for the leader, and where; 0: nobody.
+    #[prost(uint32, tag = "11")]
+    pub leader_id: u32,
+    #[prost(string, tag = "12")]
+    pub leader_address: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LogId {
@@ -3640,7 +3845,7 @@ pub struct Operation {
     pub trace: ::core::option::Option<TraceContext>,
     #[prost(
         oneof = "operation::Request",
-        tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23"
+        tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25"
     )]
     pub request: ::core::option::Option<operation::Request>,
 }
@@ -3690,6 +3895,10 @@ pub mod operation {
         Members(super::MembersRequest),
         #[prost(message, tag = "23")]
         Status(super::StatusRequest),
+        #[prost(message, tag = "24")]
+        ChangeMember(super::ChangeMemberRequest),
+        #[prost(message, tag = "25")]
+        TransferLeadership(super::TransferLeadershipRequest),
     }
 }
 /// Advice: an operation that cannot be taken back any more is answered as if nothing had been said.
@@ -3710,7 +3919,7 @@ pub struct Answer {
     pub id: u64,
     #[prost(
         oneof = "answer::Reply",
-        tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23"
+        tags = "4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25"
     )]
     pub reply: ::core::option::Option<answer::Reply>,
 }
@@ -3758,6 +3967,10 @@ pub mod answer {
         Members(super::MembersResponse),
         #[prost(message, tag = "23")]
         Status(super::StatusResponse),
+        #[prost(message, tag = "24")]
+        ChangeMember(super::ChangeMemberResponse),
+        #[prost(message, tag = "25")]
+        TransferLeadership(super::TransferLeadershipResponse),
     }
 }
 /// What a unary call tells by its status.

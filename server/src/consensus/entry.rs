@@ -134,6 +134,7 @@ pub(super) fn encode_membership(membership: &RaftMembership) -> Bytes {
             client_address: member.client_address.clone(),
             application_address: member.application_address.clone(),
             incarnation: member.incarnation,
+            promotable: member.promotable,
         })
         .collect();
     v1::StoredMembership { voter_sets, members }.encode_to_vec().into()
@@ -152,6 +153,7 @@ pub(super) fn decode_membership(bytes: &[u8]) -> Result<RaftMembership, DecodeEr
                 client_address: member.client_address,
                 application_address: member.application_address,
                 incarnation: member.incarnation,
+                promotable: member.promotable,
             };
             (id, member)
         })
@@ -181,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_membership_survives_the_log() {
-        let member = Member { peer_address: "a:1".into(), incarnation: 7, ..Member::default() };
+        let member = Member { peer_address: "a:1".into(), incarnation: 7, promotable: true, ..Member::default() };
         let members = std::collections::BTreeMap::from([(1, member.clone()), (2, member)]);
         let membership = RaftMembership::new(vec![[1].into(), [1, 2].into()], members).unwrap();
         let entry = Entry { log_id: from_position(position()), payload: Payload::Membership(membership.clone()) };

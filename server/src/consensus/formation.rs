@@ -4,20 +4,26 @@
 //! hello: all fresh, all with the same list. Their incarnations go into the first membership. Since the one node that
 //! may form it asks everybody first, a node whose peers already form a cluster never bootstraps another.
 //!
-//! A node that restarts says hello too: whoever answers tells whether the cluster knows this very data directory.
+//! A node that restarts says hello too: whoever answers tells whether the cluster knows this very data directory. So does
+//! a node that is configured to join, until the leader adds it; and a member that does not hear of a leader, which may
+//! have been removed, or has to be found again because it or others have moved (`steward`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use d_engine_proto::{PEER_PROTOCOL_VERSION, v1};
 use futures_util::future::join_all;
 use openraft::async_runtime::watch::WatchReceiver;
+use tonic::Status;
 
+use super::handle::Timings;
+use super::leadership::{Leadership, Role};
 use super::log::Log;
 use super::member::Member;
-use super::network::{LocalIdentity, Peers};
-use super::raft_types::Raft;
+use super::network::{LocalIdentity, Peers, log_id_in, log_id_out};
+use super::raft_types::{LogId, Raft};
+use super::steward::is_at;
 use crate::storage::Identity;
 
 /// Pause between two rounds of hellos of a node that waits to be a member.
@@ -45,6 +51,17 @@ pub enum MembershipRefused {
         known: u64,
         /// The incarnation in the directory.
         ours: u64,
+    },
+    /// The cluster goes on without this node.
+    #[error(
+        "node {node_id} was removed from the cluster {cluster_id:016x}: it takes no part any more; to bring it back, empty \
+         its data directory, start it and add it again"
+    )]
+    Removed {
+        /// This node.
+        node_id: u32,
+        /// The cluster.
+        cluster_id: u64,
     },
     /// A peer belongs to another cluster.
     #[error(
@@ -107,17 +124,26 @@ pub(super) struct Formation {
     pub(super) initial_cluster: Vec<v1::InitialMember>,
     pub(super) client_address: String,
     pub(super) application_address: String,
+    pub(super) timings: Timings,
 }
 
 type Hellos = BTreeMap<u32, v1::HelloResponse>;
 
+/// What this node's own membership says, committed or not.
+struct Standing {
+    members: BTreeMap<u32, Member>,
+    position: Option<LogId>,
+    /// Whether it names this very directory.
+    is_member: bool,
+}
+
 impl Formation {
     pub(super) fn answer_hello(&self, raft: &Raft, route: &v1::Route) -> v1::HelloResponse {
-        let known_incarnation = {
-            let metrics = raft.metrics();
-            let metrics = metrics.borrow_watched();
-            metrics.membership_config.membership().get_node(&route.from).map_or(0, |member| member.incarnation)
-        };
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let (effective, committed) = (&metrics.membership_config, &metrics.committed_membership_config);
+        let of_sender = |member: &Member| member.incarnation == route.from_incarnation;
+        let leader = metrics.current_leader.and_then(|id| Some((id, effective.membership().get_node(&id)?)));
         v1::HelloResponse {
             protocol_version: PEER_PROTOCOL_VERSION,
             node_id: self.local.node_id,
@@ -126,44 +152,68 @@ impl Formation {
             initial_cluster: self.initial_cluster.clone(),
             client_address: self.client_address.clone(),
             application_address: self.application_address.clone(),
-            known_incarnation,
+            known_incarnation: effective.membership().get_node(&route.from).map_or(0, |member| member.incarnation),
+            membership: committed.log_id().as_ref().map(log_id_out),
+            is_member: committed.membership().get_node(&route.from).is_some_and(of_sender),
+            leader_id: leader.map_or(0, |(id, _)| id),
+            leader_address: leader.map_or_else(String::new, |(_, member)| member.peer_address.clone()),
         }
     }
 
-    /// Forms the cluster, or waits until it is formed; then returns. A restarted node returns once every peer has
-    /// confirmed it.
-    pub(super) async fn run(&self, raft: Raft, log: Log, peers: Peers) -> Result<(), MembershipRefused> {
+    /// Where this node is reached; `None` if the list it was started with does not say.
+    pub(super) fn addresses(&self) -> Option<v1::Addresses> {
+        let own = self.initial_cluster.iter().find(|member| member.id == self.local.node_id)?;
+        Some(v1::Addresses {
+            peer: own.address.clone(),
+            client: self.client_address.clone(),
+            application: self.application_address.clone(),
+        })
+    }
+
+    /// Introduces this node to the one that is thought to be `to`; 0: whoever is there.
+    pub(super) async fn hello(&self, peers: &Peers, to: u32, address: &str) -> Result<v1::HelloResponse, Status> {
+        peers.hello(to, address, self.initial_cluster.clone(), self.addresses()).await
+    }
+
+    /// Forms the cluster, or waits until it is formed and has this node. A member says hello until every other one has
+    /// confirmed it and the membership says where it is reached, and again whenever the leader falls silent: it may have
+    /// been removed, or the others may have moved.
+    pub(super) async fn run(
+        &self,
+        raft: Raft,
+        log: Log,
+        peers: Peers,
+        leadership: Arc<Leadership>,
+    ) -> Result<(), MembershipRefused> {
         let mut hellos = Hellos::new();
         let mut rounds = 0;
         let mut period = HELLO_PERIOD;
-        let id = self.local.node_id;
+        let mut confirmed = false;
         loop {
-            // Asked of the core itself: right after the start the published metrics are still empty.
-            let Ok(is_member) =
-                raft.with_raft_state(move |state| state.membership_state.effective().get_node(&id).is_some()).await
-            else {
-                return Ok(());
-            };
-            let missing = self.ask(&peers, &mut hellos, is_member).await;
-            for (id, hello) in &hellos {
-                self.check(*id, hello)?;
-            }
+            let Some(standing) = self.standing(&raft).await else { return Ok(()) };
+            let missing = self.ask(&peers, &standing, &mut hellos, confirmed).await?;
             let alone = hellos.values().all(|hello| hello.cluster_id == 0);
-            if is_member {
-                let learners_wait = self.add_learners(&raft, &hellos).await;
-                if missing.is_empty() && !learners_wait {
-                    return Ok(());
+            if standing.is_member {
+                if missing.is_empty() && self.is_recorded(&standing) {
+                    confirmed = true;
+                    hellos.clear();
+                    if !self.until_in_doubt(&raft, &leadership).await {
+                        return Ok(());
+                    }
+                    period = HELLO_PERIOD;
+                } else {
+                    period = (2 * period).min(HELLO_PERIOD_MAX);
                 }
-                // What a learner said while it was fresh may have changed.
-                hellos.retain(|_, hello| hello.cluster_id != 0);
-                period = (2 * period).min(HELLO_PERIOD_MAX);
             } else if missing.is_empty() && alone && self.is_founder() {
                 self.found(&raft, &log, &hellos).await;
             } else if rounds % ROUNDS_PER_REPORT == ROUNDS_PER_REPORT - 1 {
                 if alone {
                     tracing::info!(?missing, "waiting for every initial member before the cluster is formed");
                 } else {
-                    tracing::info!("waiting for the cluster's leader to contact this member");
+                    tracing::info!(
+                        "waiting for the cluster's leader to contact this node: unless it is configured to join, add \
+                         it with `d-engine member add`"
+                    );
                 }
             }
             rounds += 1;
@@ -171,32 +221,117 @@ impl Formation {
         }
     }
 
-    /// Says hello to those who have not answered; a fresh node asks everybody anew, since the others change.
-    /// Returns who did not answer.
-    async fn ask(&self, peers: &Peers, hellos: &mut Hellos, is_member: bool) -> Vec<u32> {
-        if !is_member {
-            hellos.clear();
-        }
-        let others = self.initial_cluster.iter().filter(|member| member.id != self.local.node_id);
-        let missing: Vec<_> = others.filter(|member| !hellos.contains_key(&member.id)).collect();
-        let calls = missing.iter().map(|member| peers.hello(member.id, &member.address, self.initial_cluster.clone()));
-        let mut unanswered = Vec::new();
-        for (member, answer) in missing.iter().zip(join_all(calls).await) {
-            match answer {
-                Ok(hello) => {
-                    hellos.insert(member.id, hello);
-                }
-                Err(error) => {
-                    tracing::debug!(peer = member.id, error = error.message(), "no hello");
-                    unanswered.push(member.id);
-                }
-            }
-        }
-        unanswered
+    /// Asked of the core itself: right after the start the published metrics are still empty. `None`: it has stopped.
+    async fn standing(&self, raft: &Raft) -> Option<Standing> {
+        let membership = raft.with_raft_state(|state| state.membership_state.effective().clone()).await.ok()?;
+        let members: BTreeMap<u32, Member> = membership.nodes().map(|(id, member)| (*id, member.clone())).collect();
+        let own = members.get(&self.local.node_id);
+        let is_member = own.is_some_and(|member| member.incarnation == self.local.incarnation);
+        Some(Standing { members, position: *membership.log_id(), is_member })
     }
 
-    fn check(&self, id: u32, hello: &v1::HelloResponse) -> Result<(), MembershipRefused> {
-        let address = || self.address_of(id);
+    fn is_recorded(&self, standing: &Standing) -> bool {
+        let own = standing.members.get(&self.local.node_id);
+        own.zip(self.addresses()).is_none_or(|(member, addresses)| is_at(member, &addresses))
+    }
+
+    /// Waits until the leader is silent. Returns false once the node has stopped.
+    async fn until_in_doubt(&self, raft: &Raft, leadership: &Leadership) -> bool {
+        let patience = 2 * self.timings.election_max;
+        loop {
+            tokio::time::sleep(patience).await;
+            if raft.metrics().borrow_watched().running_state.is_err() {
+                return false;
+            }
+            if leadership.role() != Role::Leader && leadership.silence() > patience {
+                return true;
+            }
+        }
+    }
+
+    /// Says hello to those who have not answered; a fresh node asks everybody anew, since the others change.
+    /// Returns who did not answer.
+    async fn ask(
+        &self,
+        peers: &Peers,
+        standing: &Standing,
+        hellos: &mut Hellos,
+        confirmed: bool,
+    ) -> Result<Vec<u32>, MembershipRefused> {
+        let mut addresses: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+        if standing.is_member {
+            for (id, member) in &standing.members {
+                addresses.entry(*id).or_default().push(peers.address_of(*id, member));
+            }
+        } else {
+            // The leader may be none of those that this node was told of.
+            let leaders = hellos.values().filter(|hello| hello.leader_id != 0);
+            for leader in leaders {
+                addresses.entry(leader.leader_id).or_default().push(leader.leader_address.clone());
+            }
+            hellos.clear();
+        }
+        for initial in &self.initial_cluster {
+            // A founding member that was removed is not waited for, nor one that joins later.
+            let awaited =
+                if standing.is_member { standing.members.contains_key(&initial.id) } else { !initial.joining };
+            let known = addresses.entry(initial.id).or_default();
+            if awaited && !known.contains(&initial.address) {
+                known.push(initial.address.clone());
+            }
+        }
+        addresses.remove(&self.local.node_id);
+        addresses.retain(|id, addresses| !addresses.is_empty() && !hellos.contains_key(id));
+        let calls = addresses.iter().flat_map(|(id, addresses)| addresses.iter().map(move |address| (*id, address)));
+        let calls = calls.map(async |(id, address)| (id, address, self.hello(peers, id, address).await));
+        for (id, address, answer) in join_all(calls).await {
+            let hello = match answer {
+                Ok(hello) => hello,
+                Err(error) => {
+                    tracing::debug!(peer = id, address, error = error.message(), "no hello");
+                    continue;
+                }
+            };
+            match self.check(id, address, &hello, standing) {
+                Ok(()) => {}
+                // Later, an address may have become somebody else's.
+                Err(
+                    refused @ (MembershipRefused::OtherNode { .. }
+                    | MembershipRefused::OtherCluster { .. }
+                    | MembershipRefused::OtherProtocol { .. }),
+                ) if confirmed || !self.is_configured(id, address) => {
+                    tracing::debug!(%refused, "not the member that was expected");
+                    continue;
+                }
+                Err(refused) => return Err(refused),
+            }
+            let member = standing.members.get(&id);
+            if standing.is_member && member.is_none_or(|member| member.incarnation != hello.incarnation) {
+                continue;
+            }
+            if standing.is_member && member.is_some_and(|member| peers.address_of(id, member) != *address) {
+                peers.found(id, hello.incarnation, address);
+            }
+            // A member that does not know of the cluster yet confirms nothing.
+            if !standing.is_member || hello.cluster_id != 0 {
+                hellos.entry(id).or_insert(hello);
+            }
+        }
+        Ok(addresses.into_keys().filter(|id| !hellos.contains_key(id)).collect())
+    }
+
+    fn is_configured(&self, id: u32, address: &str) -> bool {
+        self.initial_cluster.iter().any(|member| member.id == id && member.address == *address)
+    }
+
+    fn check(
+        &self,
+        id: u32,
+        address: &str,
+        hello: &v1::HelloResponse,
+        standing: &Standing,
+    ) -> Result<(), MembershipRefused> {
+        let address = || address.to_owned();
         if hello.protocol_version != PEER_PROTOCOL_VERSION {
             let theirs = hello.protocol_version;
             return Err(MembershipRefused::OtherProtocol { peer: id, address: address(), theirs });
@@ -209,6 +344,10 @@ impl Formation {
             let theirs = hello.cluster_id;
             return Err(MembershipRefused::OtherCluster { peer: id, address: address(), theirs, ours });
         }
+        // What is committed after what names this node, and does not name it, removes it.
+        if standing.is_member && !hello.is_member && hello.membership.map(log_id_in) > standing.position {
+            return Err(MembershipRefused::Removed { node_id: self.local.node_id, cluster_id: hello.cluster_id });
+        }
         if hello.known_incarnation != 0 && hello.known_incarnation != self.local.incarnation {
             return Err(MembershipRefused::LostDirectory {
                 node_id: self.local.node_id,
@@ -217,9 +356,12 @@ impl Formation {
                 ours: self.local.incarnation,
             });
         }
-        // Once formed, the membership counts, and the lists may have grown apart from it.
+        // Once formed, the membership counts, and the lists may have grown apart from it. Who joins later is told of
+        // those who are there, no more.
         let both_are_fresh = self.local.cluster_id().is_none() && hello.cluster_id == 0;
-        if both_are_fresh && hello.initial_cluster != self.initial_cluster {
+        let joins = |list: &[v1::InitialMember], id| list.iter().any(|member| member.id == id && member.joining);
+        let one_joins = joins(&self.initial_cluster, self.local.node_id) || joins(&hello.initial_cluster, id);
+        if both_are_fresh && !one_joins && hello.initial_cluster != self.initial_cluster {
             return Err(MembershipRefused::DifferingLists {
                 peer: id,
                 address: address(),
@@ -230,13 +372,8 @@ impl Formation {
         Ok(())
     }
 
-    fn address_of(&self, id: u32) -> String {
-        let member = self.initial_cluster.iter().find(|member| member.id == id);
-        member.map(|member| member.address.clone()).unwrap_or_default()
-    }
-
     fn is_founder(&self) -> bool {
-        let voters = self.initial_cluster.iter().filter(|member| !member.learner);
+        let voters = self.initial_cluster.iter().filter(|member| !member.learner && !member.joining);
         voters.map(|member| member.id).min() == Some(self.local.node_id)
     }
 
@@ -253,7 +390,7 @@ impl Formation {
             return;
         }
         self.local.join(cluster_id);
-        let voters = self.initial_cluster.iter().filter(|member| !member.learner);
+        let voters = self.initial_cluster.iter().filter(|member| !member.learner && !member.joining);
         let voters: BTreeMap<u32, Member> =
             voters.map(|member| (member.id, self.member_of(member, hellos.get(&member.id)))).collect();
         if let Err(error) = raft.initialize(voters).await {
@@ -270,34 +407,16 @@ impl Formation {
             client_address: hello.map_or(&self.client_address, |hello| &hello.client_address).clone(),
             application_address: hello.map_or(&self.application_address, |h| &h.application_address).clone(),
             incarnation: hello.map_or(self.local.incarnation, |hello| hello.incarnation),
+            promotable: false,
         }
-    }
-
-    /// As the leader, adds initial learners that are fresh. Returns whether one waits to be added, by whomever.
-    async fn add_learners(&self, raft: &Raft, hellos: &Hellos) -> bool {
-        let (leads, members) = {
-            let metrics = raft.metrics();
-            let metrics = metrics.borrow_watched();
-            let members: BTreeSet<u32> = metrics.membership_config.nodes().map(|(id, _)| *id).collect();
-            (metrics.current_leader == Some(metrics.id), members)
-        };
-        let learners = self.initial_cluster.iter().filter(|member| member.learner && !members.contains(&member.id));
-        let mut waiting = false;
-        for learner in learners {
-            let Some(hello) = hellos.get(&learner.id).filter(|hello| hello.cluster_id == 0) else { continue };
-            waiting = true;
-            if leads && let Err(error) = raft.add_learner(learner.id, self.member_of(learner, Some(hello)), false).await
-            {
-                tracing::debug!(learner = learner.id, %error, "the learner cannot be added yet");
-            }
-        }
-        waiting
     }
 }
 
 fn describe(members: &[v1::InitialMember]) -> String {
     let describe_one = |member: &v1::InitialMember| {
-        format!("{}={}{}", member.id, member.address, if member.learner { " (learner)" } else { "" })
+        let learner = if member.learner { " (learner)" } else { "" };
+        let joining = if member.joining { " (joining)" } else { "" };
+        format!("{}={}{learner}{joining}", member.id, member.address)
     };
     members.iter().map(describe_one).collect::<Vec<_>>().join(", ")
 }

@@ -23,6 +23,8 @@ use super::poison::Poison;
 use super::proposer::{ProposeError, Proposer};
 use super::raft_types::{Raft, StoredMembership};
 use super::read_index::{ReadIndex, ReadIndexError};
+use super::steward::{ChangeError, MemberChange, Steward, Stewardship};
+use super::transfer::{Transfer, TransferError};
 use crate::clock::Moment;
 use crate::limits::APPEND_ENTRIES_MAX;
 use crate::metrics::Metrics;
@@ -145,7 +147,8 @@ struct Inner {
     state_machine: Arc<dyn StateMachine>,
     applied: watch::Receiver<Applied>,
     poison: Poison,
-    timings: Timings,
+    transfer: Transfer,
+    stewardship: Stewardship,
 }
 
 impl Consensus {
@@ -179,7 +182,7 @@ impl Consensus {
         let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier);
         let raft = poison.clone().guard_openraft(raft).await.map_err(|error| StartError::Raft(error.to_string()))?;
 
-        let quarantine = begin_quarantine(&raft, &state, &config.timings, &poison).await?;
+        let quarantine = begin_quarantine(&raft, &identity, &state, &config.timings).await?;
         let leadership = Arc::new(Leadership::new());
         let monitor = Monitor {
             raft: raft.clone(),
@@ -199,7 +202,17 @@ impl Consensus {
             initial_cluster,
             client_address: config.client_address,
             application_address: config.application_address,
+            timings: config.timings,
         });
+        let transfer = Transfer { raft: raft.clone(), leadership: leadership.clone(), timings: config.timings };
+        let steward = Steward {
+            raft: raft.clone(),
+            peers: peers.clone(),
+            formation: formation.clone(),
+            leadership: leadership.clone(),
+            transfer: transfer.clone(),
+        };
+        let stewardship = steward.start(quarantine, &poison);
         let service = PeerService {
             raft: raft.clone(),
             log: log.clone(),
@@ -208,10 +221,11 @@ impl Consensus {
             read_index: read_index.clone(),
             formation: formation.clone(),
             quarantine,
+            stewardship: stewardship.clone(),
         };
         let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max, &poison);
         let told_commit = peers.told_commit().clone();
-        watch_for_failure(&raft, &log, formation, peers, monitoring, &poison);
+        watch_for_failure(&raft, &log, formation, peers, leadership.clone(), monitoring, &poison);
         let inner = Inner {
             raft,
             log,
@@ -223,7 +237,8 @@ impl Consensus {
             state_machine,
             applied,
             poison,
-            timings: config.timings,
+            transfer,
+            stewardship,
         };
         Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
     }
@@ -395,48 +410,38 @@ impl Consensus {
         &self.inner.poison
     }
 
-    /// Hands leadership to another voter, the most up-to-date one, and waits until it is taken or `patience` is
-    /// over. Does nothing on a node that does not lead or has nobody to hand it to.
+    /// Hands leadership to another voter, the most up-to-date one that answers if it is left open, and returns once that
+    /// is known to reign. Bounded: four maximum election timeouts.
     ///
     /// The read lease is gone before the successor is asked, and stays gone for the rest of the term, also when the
-    /// transfer comes to nothing: nobody can tell whether the successor's campaign is still under way.
-    pub async fn transfer_leadership(&self, patience: Duration) {
-        let Some((term, successor)) = self.successor() else { return };
-        tracing::info!(successor, "handing over leadership");
-        let _no_lease_meanwhile = self.inner.leadership.renounce(term);
-        if let Err(error) = self.inner.raft.trigger().transfer_leader(successor).await {
-            tracing::warn!(%error, "leadership cannot be handed over");
-            return;
-        }
-        let mut metrics = self.inner.raft.server_metrics();
-        let handed_over = async {
-            while metrics.borrow_watched().current_leader == Some(self.inner.local.node_id) {
-                if WatchReceiver::changed(&mut metrics).await.is_err() {
-                    return;
-                }
-            }
-        };
-        if tokio::time::timeout(patience, handed_over).await.is_err() {
-            tracing::warn!(successor, "the successor did not take over in time");
-        }
+    /// transfer comes to nothing. A leader whose transfer failed goes on looking for a successor.
+    ///
+    /// # Errors
+    /// See [`TransferError`].
+    pub async fn transfer_leadership(&self, to: Option<NodeId>) -> Result<LeaderInfo, TransferError> {
+        self.inner.transfer.run(to.map(NodeId::get)).await
     }
 
-    fn successor(&self) -> Option<(u64, u32)> {
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let replication = metrics.replication.as_ref()?;
-        let voters = metrics.membership_config.membership().voter_ids();
-        let candidates = voters.filter(|id| *id != metrics.id);
-        let best =
-            candidates.max_by_key(|id| replication.get(id).and_then(|matched| matched.as_ref().map(|m| m.index())))?;
-        Some((metrics.current_term, best))
+    /// Changes who belongs to the cluster, on the leader, and returns once that is committed. Changes wait for their
+    /// turn. Dropping the future does not withdraw it.
+    ///
+    /// To remove or demote the leader, it hands over leadership and answers [`ChangeError::NotLeader`]: its successor
+    /// makes the change. `force`: also if fewer voters answer afterwards than a quorum has.
+    ///
+    /// # Errors
+    /// See [`ChangeError`]; only [`ChangeError::Interrupted`] leaves open what became of the change.
+    pub async fn change_members(&self, change: MemberChange, force: bool) -> Result<(), ChangeError> {
+        self.inner.stewardship.change(change, force).await
     }
 
     /// Stops: hands leadership over, ends every task, and makes the state machine durable. Idempotent.
     pub async fn stop(&self) {
         // Held to the end: whatever reign this node may still come to, it serves no read under it.
         let _no_lease = self.inner.leadership.renounce(self.inner.leadership.term().get());
-        self.transfer_leadership(4 * self.inner.timings.election_max).await;
+        match self.inner.transfer.run(None).await {
+            Ok(_) | Err(TransferError::NotLeader) => {}
+            Err(error) => tracing::warn!(%error, "stopping without a successor"),
+        }
         if let Err(error) = self.inner.raft.shutdown().await {
             tracing::warn!(%error, "consensus ended abnormally");
         }
@@ -513,7 +518,7 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
         removed_leader_step_down: StepDownPolicy::Never,
         quorum_loss_probe_interval: Some(3 * milliseconds(timings.election_max)),
         enable_pre_vote: Some(true),
-        // Until `begin_quarantine` knows whether it may.
+        // Until `steward` knows whether it may.
         enable_elect: false,
         // A restarted leader may hand out a (term, index) that its followers already hold.
         enable_leader_restore: Some(false),
@@ -523,32 +528,31 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
     config.validate().map_err(|error| StartError::Raft(error.to_string()))
 }
 
-/// See `peer_service`. Ends by itself; until then this node neither votes nor campaigns.
+/// See `peer_service`. Whether this node may campaign at all, and from when on, is decided by `steward`.
 async fn begin_quarantine(
     raft: &Raft,
+    identity: &Identity,
     state: &StorageState,
     timings: &Timings,
-    poison: &Poison,
 ) -> Result<Quarantine, StartError> {
     let never_promised = state.vote.is_none() && state.last.is_none() && state.purged.is_none();
-    let voters = raft
-        .with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<_>>())
+    let incarnation = identity.incarnation;
+    let sole_voter = raft
+        .with_raft_state(move |state| {
+            let membership = state.membership_state.effective();
+            let voters: Vec<u32> = membership.voter_ids().collect();
+            // A voter of the same id whose directory was lost is another one.
+            matches!(voters[..], [only] if membership.get_node(&only).is_some_and(|m| m.incarnation == incarnation))
+        })
         .await
         .map_err(|error| StartError::Raft(error.to_string()))?;
     // The only voter keeps no promise to anybody, unless its last one was to a leader that has removed itself since.
     let promised_nobody = state.vote.is_none_or(|vote| vote.node_id.get() == *raft.node_id());
-    if never_promised || (voters == [*raft.node_id()] && promised_nobody) {
-        raft.runtime_config().elect(true);
+    if never_promised || (sole_voter && promised_nobody) {
         return Ok(Quarantine::NONE);
     }
     // The margin covers the clocks' drift and the ticks by which timers are late.
-    let span = timings.election_max + timings.heartbeat;
-    let raft = raft.clone();
-    tokio::spawn(poison.guard("the quarantine", async move {
-        tokio::time::sleep(span).await;
-        raft.runtime_config().elect(true);
-    }));
-    Ok(Quarantine::until(Moment::now() + span))
+    Ok(Quarantine::until(Moment::now() + timings.election_max + timings.heartbeat))
 }
 
 /// Gathers whatever makes going on impossible into one place.
@@ -557,6 +561,7 @@ fn watch_for_failure(
     log: &Log,
     formation: Arc<Formation>,
     peers: Peers,
+    leadership: Arc<Leadership>,
     monitoring: tokio::task::JoinHandle<()>,
     poison: &Poison,
 ) {
@@ -564,7 +569,7 @@ fn watch_for_failure(
     let forming = {
         let (raft, log) = (raft.clone(), log.clone());
         async move {
-            match formation.run(raft, log, peers).await {
+            match formation.run(raft, log, peers, leadership).await {
                 Err(refused) => StartError::Refused(refused),
                 Ok(()) => std::future::pending().await,
             }

@@ -152,6 +152,17 @@ impl Leadership {
         Renounced(self.clone())
     }
 
+    /// Whether the lease of `term` was given up in a transfer that is over: if this node still leads in it, it failed.
+    pub(super) fn has_renounced(&self, term: u64) -> bool {
+        let reign = self.reign.lock();
+        reign.transfers == 0 && reign.renounced == Some(term)
+    }
+
+    /// How long the leader has been silent; since ever, if none was heard.
+    pub(super) fn silence(&self) -> Duration {
+        Duration::from_nanos(nanoseconds(Moment::now()).saturating_sub(self.heard.load(Ordering::Relaxed)))
+    }
+
     /// To be called when an append of the current leader was accepted.
     pub(super) fn leader_was_heard(&self) {
         self.heard.fetch_max(nanoseconds(Moment::now()), Ordering::Relaxed);

@@ -16,6 +16,8 @@ pub struct Member {
     pub application_address: String,
     /// The data directory it joined with. Another incarnation under the same id is another node and gets no say.
     pub incarnation: u64,
+    /// A learner that the leader makes a voter once it has caught up; without meaning for a voter.
+    pub promotable: bool,
 }
 
 impl fmt::Display for Member {

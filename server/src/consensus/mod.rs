@@ -28,8 +28,10 @@ mod proposer;
 mod raft_types;
 mod read_index;
 mod runtime;
+mod steward;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use flusher::Persistence;
 pub use formation::MembershipRefused;
@@ -41,3 +43,5 @@ pub use peer_service::Server as PeerServer;
 pub use poison::Poison;
 pub use proposer::{Answer, ProposeError};
 pub use read_index::ReadIndexError;
+pub use steward::{ChangeError, MemberChange};
+pub use transfer::TransferError;

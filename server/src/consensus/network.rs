@@ -2,7 +2,7 @@
 //!
 //! Every message carries a [`v1::Route`]: who speaks and which incarnation is meant, see `peer_service`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -93,11 +93,18 @@ enum Lane {
     Control,
 }
 
+/// Where a member was found last. Whoever answers there is still checked by its incarnation.
+struct Place {
+    incarnation: u64,
+    address: String,
+}
+
 /// Connections to the peers. Clones share them.
 #[derive(Clone)]
 pub(super) struct Peers {
     local: Arc<LocalIdentity>,
     channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
+    places: Arc<Mutex<HashMap<u32, Place>>>,
     told_commit: Arc<ToldCommit>,
     tls: Option<Arc<Tls>>,
     /// A stream on which nothing moves for this long, though something should, is broken.
@@ -106,12 +113,38 @@ pub(super) struct Peers {
 
 impl Peers {
     pub(super) fn new(local: Arc<LocalIdentity>, stall: Duration, tls: Option<Arc<Tls>>) -> Self {
-        Self { local, channels: Arc::default(), told_commit: Arc::default(), tls, stall }
+        Self { local, channels: Arc::default(), places: Arc::default(), told_commit: Arc::default(), tls, stall }
     }
 
     /// The commit position that the peers were told.
     pub(super) fn told_commit(&self) -> &Arc<ToldCommit> {
         &self.told_commit
+    }
+
+    /// A member is reached at `address` from now on, whatever the membership recorded before: the last news counts.
+    pub(super) fn found(&self, id: u32, incarnation: u64, address: &str) {
+        let place = Place { incarnation, address: address.to_owned() };
+        let left = self.places.lock().insert(id, place).filter(|left| left.address != address);
+        if let Some(left) = left {
+            tracing::debug!(peer = id, from = left.address, to = address, "a peer moved");
+            self.channels.lock().retain(|(used, _), _| *used != left.address);
+        }
+    }
+
+    /// Forgets where others are than these.
+    pub(super) fn keep_only(&self, members: &BTreeMap<u32, Member>) {
+        let mut places = self.places.lock();
+        places.retain(|id, _| members.contains_key(id));
+        let used: Vec<String> = places.values().map(|place| place.address.clone()).collect();
+        drop(places);
+        self.channels.lock().retain(|(address, _), _| used.contains(address));
+    }
+
+    /// Where a member is: openraft goes on with the address that was recorded when it first connected.
+    pub(super) fn address_of(&self, id: u32, member: &Member) -> String {
+        let places = self.places.lock();
+        let place = places.get(&id).filter(|place| place.incarnation == member.incarnation);
+        place.map_or(&member.peer_address, |place| &place.address).clone()
     }
 
     fn client(&self, address: &str, lane: Lane) -> Result<PeerClient<Channel>, Status> {
@@ -152,17 +185,19 @@ impl Peers {
         }
     }
 
-    /// Introduces this node to the one configured as `to`.
+    /// Introduces this node to the one that is thought to be `to`; 0: whoever is there.
     pub(super) async fn hello(
         &self,
         to: u32,
         address: &str,
         initial_cluster: Vec<v1::InitialMember>,
+        addresses: Option<v1::Addresses>,
     ) -> Result<v1::HelloResponse, Status> {
         let request = v1::HelloRequest {
             protocol_version: d_engine_proto::PEER_PROTOCOL_VERSION,
             route: Some(self.route(to, 0)),
             initial_cluster,
+            addresses,
         };
         let mut client = self.client(address, Lane::Control)?;
         Ok(within(self.stall, client.hello(request)).await?.into_inner())
@@ -171,7 +206,7 @@ impl Peers {
     /// Asks the leader what a linearizable read has to wait for.
     pub(super) async fn read_index(&self, to: u32, member: &Member) -> Result<Confirmation, Status> {
         let request = v1::ReadIndexRequest { route: Some(self.route(to, member.incarnation)) };
-        let mut client = self.client(&member.peer_address, Lane::Control)?;
+        let mut client = self.client(&self.address_of(to, member), Lane::Control)?;
         let response = within(self.stall, client.read_index(request)).await?.into_inner();
         let store_time = StoreTime(Duration::from_nanos(response.store_time_ns));
         Ok(Confirmation { index: LogIndex(response.index), store_time })
@@ -207,7 +242,7 @@ pub(super) struct Connection {
 
 impl Connection {
     fn client(&self, lane: Lane) -> Result<PeerClient<Channel>, RPCError<Types>> {
-        self.peers.client(&self.member.peer_address, lane).map_err(unreachable)
+        self.peers.client(&self.peers.address_of(self.target, &self.member), lane).map_err(unreachable)
     }
 
     fn route(&self) -> v1::Route {

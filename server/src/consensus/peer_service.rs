@@ -39,6 +39,7 @@ use super::network::{
 };
 use super::raft_types::{Raft, RaftVote, Types};
 use super::read_index::ReadIndex;
+use super::steward::{Introduction, Stewardship};
 use crate::clock::Moment;
 use crate::limits::PEER_MESSAGE_BYTES_MAX;
 use crate::storage::Identity;
@@ -58,10 +59,21 @@ impl Quarantine {
         Self { until: Some(moment) }
     }
 
+    pub(super) fn is_over(self) -> bool {
+        self.until.is_none_or(|until| Moment::now() >= until)
+    }
+
+    /// Returns once it is over.
+    pub(super) async fn over(self) {
+        if let Some(until) = self.until {
+            tokio::time::sleep(until.since(Moment::now())).await;
+        }
+    }
+
     /// Whether `request` must be denied although openraft might grant it. `promised` is the vote on record: its
     /// leader may ask for a transfer, since it gave up the lease this node must protect.
     fn denies(self, request: &VoteRequest<Types>, promised: &RaftVote) -> bool {
-        let over = self.until.is_none_or(|until| Moment::now() >= until);
+        let over = self.is_over();
         let transferred = request.leadership_transfer
             && promised.is_committed()
             && request.vote.leader_id().term == promised.leader_id().term + 1;
@@ -78,6 +90,7 @@ pub(super) struct PeerService {
     pub(super) read_index: Arc<ReadIndex>,
     pub(super) formation: Arc<Formation>,
     pub(super) quarantine: Quarantine,
+    pub(super) stewardship: Stewardship,
 }
 
 /// What the peers talk to, ready to be added to a gRPC server.
@@ -200,7 +213,10 @@ impl Peer for Gate {
 
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
         let request = request.into_inner();
-        let route = request.route.ok_or_else(|| Status::invalid_argument("the message lacks its route"))?;
+        let route = request.route.clone().ok_or_else(|| Status::invalid_argument("the message lacks its route"))?;
+        if let Some(introduction) = Introduction::of(request) {
+            self.0.stewardship.introduce(introduction);
+        }
         Ok(Response::new(self.0.formation.answer_hello(&self.0.raft, &route)))
     }
 

@@ -142,6 +142,7 @@ impl Cluster {
                 id,
                 address: listener.local_addr().unwrap().to_string(),
                 learner: id as usize > voters,
+                joining: false,
             })
             .collect();
         let mut nodes = Vec::new();
@@ -220,7 +221,7 @@ async fn a_transfer_ends_the_lease_for_good_and_the_successor_has_every_write() 
     let lease_seen = {
         let consensus = old.consensus.clone();
         tokio::spawn(async move {
-            consensus.transfer_leadership(PATIENCE).await;
+            consensus.transfer_leadership(None).await.unwrap();
             consensus.is_leader()
         })
     };
@@ -263,7 +264,7 @@ async fn store_time_goes_on_under_the_next_leader_from_what_was_applied() {
     let old = cluster.leader().await;
     within(old.consensus.propose(Bytes::from_static(b"before"))).await.unwrap();
     let before = old.list.applied().store_time;
-    old.consensus.transfer_leadership(PATIENCE).await;
+    old.consensus.transfer_leadership(None).await.unwrap();
     let new = cluster.leader().await;
     assert_ne!(new.consensus.node_id(), old.consensus.node_id());
     within(old.consensus.reigning().wait_for(|reigning| !reigning)).await.unwrap();
@@ -278,7 +279,12 @@ async fn store_time_goes_on_under_the_next_leader_from_what_was_applied() {
 async fn store_time_stands_still_while_nobody_leads() {
     let engine = Arc::new(MemoryStorageEngine::default());
     let mut listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false }];
+    let members = [v1::InitialMember {
+        id: 1,
+        address: listener.local_addr().unwrap().to_string(),
+        learner: false,
+        joining: false,
+    }];
     let mut last = None;
     for _ in 0..3 {
         let started = Moment::now();
@@ -329,7 +335,7 @@ async fn a_restarted_node_replays_its_log_and_keeps_its_identity() {
     let engine = Arc::new(MemoryStorageEngine::default());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let members = [v1::InitialMember { id: 1, address: address.to_string(), learner: false }];
+    let members = [v1::InitialMember { id: 1, address: address.to_string(), learner: false, joining: false }];
     let node = Node::start(1, &members, engine.clone(), listener).await;
     within(node.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
     within(node.consensus.propose(Bytes::from_static(b"kept"))).await.unwrap();
@@ -348,7 +354,12 @@ async fn a_restarted_node_replays_its_log_and_keeps_its_identity() {
 async fn another_nodes_directory_is_refused() {
     let engine = Arc::new(MemoryStorageEngine::default());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false }];
+    let members = [v1::InitialMember {
+        id: 1,
+        address: listener.local_addr().unwrap().to_string(),
+        learner: false,
+        joining: false,
+    }];
     Node::start(1, &members, engine.clone(), listener).await.stop().await;
     let config = ConsensusConfig {
         node_id: NodeId(2),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use d_engine_proto::{ErrorCode, NodeId, Revision, v1};
 
+use crate::consensus::ChangeError;
 use crate::state_machine::kv::KvError;
 use crate::storage::StorageError;
 use crate::watch::WatchError;
@@ -32,6 +33,18 @@ pub enum EngineError {
     /// A compaction without a target.
     #[error("target is missing: name the oldest revision to keep, or an age")]
     NoTarget,
+    /// A change of the membership that names nobody.
+    #[error("change is missing: name a member by its id, which is not 0, or the peer address of a node to add")]
+    NoMemberNamed,
+    /// The state of the cluster forbids a change of the membership or of the leader.
+    #[error("{reason}")]
+    MembersForbid {
+        /// What is missing.
+        reason: String,
+    },
+    /// A change of the membership under way.
+    #[error(transparent)]
+    MemberChangeInterrupted(ChangeError),
     /// The encoded request is too large.
     #[error("the request has {bytes} bytes, the limit is {max} (request_bytes_max)")]
     TooLarge {
@@ -108,15 +121,17 @@ impl EngineError {
         let (code, outcome) = match self {
             Self::Refused(refused) => (refused.code(), NotApplied),
             Self::Rejected { code, outcome, .. } => (*code, *outcome),
-            Self::NoTarget => (ErrorCode::InvalidArgument, NotApplied),
+            Self::NoTarget | Self::NoMemberNamed => (ErrorCode::InvalidArgument, NotApplied),
             Self::TooLarge { .. } => (ErrorCode::ResourceExhausted, NotApplied),
-            Self::PolicyFixed { .. } | Self::LeasesDisabled => (ErrorCode::FailedPrecondition, NotApplied),
+            Self::PolicyFixed { .. } | Self::LeasesDisabled | Self::MembersForbid { .. } => {
+                (ErrorCode::FailedPrecondition, NotApplied)
+            }
             Self::NotLeader { .. } => (ErrorCode::NotLeader, NotApplied),
             Self::Unavailable { .. } => (ErrorCode::Unavailable, NotApplied),
             Self::Overloaded { .. } => (ErrorCode::ResourceExhausted, NotApplied),
             Self::DeadlineExceeded { outcome, .. } => (ErrorCode::DeadlineExceeded, *outcome),
             Self::Behind { .. } => (ErrorCode::Behind, NotApplied),
-            Self::LeadershipLost => (ErrorCode::LeadershipLost, Unknown),
+            Self::LeadershipLost | Self::MemberChangeInterrupted(_) => (ErrorCode::LeadershipLost, Unknown),
             Self::Stopped => (ErrorCode::Unavailable, Unknown),
             Self::Storage(_) => (ErrorCode::Internal, NotApplied),
             Self::Watch(error) => (error.code(), NotApplied),

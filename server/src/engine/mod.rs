@@ -18,6 +18,7 @@ mod history;
 mod leases;
 mod local;
 mod maintenance;
+mod members;
 mod pipeline;
 mod reads;
 mod refusal;

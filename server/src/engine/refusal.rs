@@ -3,10 +3,13 @@
 use d_engine_proto::{NodeId, limits, v1};
 
 use super::EngineError;
-use crate::consensus::{Consensus, ProposeError, ReadIndexError, Role};
+use crate::consensus::{Consensus, LeaderInfo, ProposeError, ReadIndexError, Role};
 
 pub(super) fn leader_hint(consensus: &Consensus) -> Option<v1::LeaderHint> {
-    let leader = consensus.leader()?;
+    hint_of(consensus, consensus.leader()?)
+}
+
+pub(super) fn hint_of(consensus: &Consensus, leader: LeaderInfo) -> Option<v1::LeaderHint> {
     let membership = consensus.membership();
     let member = membership.get(NodeId(leader.leader_id))?;
     Some(v1::LeaderHint {

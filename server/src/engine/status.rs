@@ -24,6 +24,7 @@ impl Engine {
                 peer_address: member.peer_address.clone(),
                 client_address: member.client_address.clone(),
                 application_address: member.application_address.clone(),
+                promotable: member.promotable && !*votes,
             })
             .collect();
         let revision = self.inner.kv.current().revision();

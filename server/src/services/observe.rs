@@ -21,9 +21,11 @@ use crate::trace;
 const PACKAGE: &str = "/d_engine.v1.";
 
 /// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
-const METHODS: [&str; 22] = [
+const METHODS: [&str; 24] = [
+    "Cluster/ChangeMember",
     "Cluster/Members",
     "Cluster/Status",
+    "Cluster/TransferLeadership",
     "Kv/CompareAndSwap",
     "Kv/Delete",
     "Kv/DeleteRange",

@@ -39,6 +39,8 @@ pub(super) enum Other {
     LeaseTimeToLive(v1::LeaseTimeToLiveRequest),
     LeaseList(v1::LeaseListRequest),
     Compact(v1::CompactRequest),
+    ChangeMember(v1::ChangeMemberRequest),
+    TransferLeadership(v1::TransferLeadershipRequest),
     Members,
     Status,
     /// An operation on keys that passes the fault points.
@@ -72,6 +74,10 @@ pub(super) fn sort(request: Request) -> (&'static str, Work) {
         Request::SessionRenew(request) => ("Session/Renew", Work::Write(Change::SessionRenew(request))),
         Request::SessionClose(request) => ("Session/Close", Work::Write(Change::SessionClose(request))),
         Request::Compact(request) => ("Maintenance/Compact", Work::Other(Other::Compact(request))),
+        Request::ChangeMember(request) => ("Cluster/ChangeMember", Work::Other(Other::ChangeMember(request))),
+        Request::TransferLeadership(request) => {
+            ("Cluster/TransferLeadership", Work::Other(Other::TransferLeadership(request)))
+        }
         Request::Members(_) => ("Cluster/Members", Work::Other(Other::Members)),
         Request::Status(_) => ("Cluster/Status", Work::Other(Other::Status)),
     }
@@ -157,7 +163,7 @@ fn detached<M: Message + Default>(message: M) -> M {
 impl Other {
     /// Whether it can be dropped at any time, and has changed nothing then.
     pub(super) fn is_read(&self) -> bool {
-        !matches!(self, Self::LeaseRenew(_) | Self::Compact(_))
+        !matches!(self, Self::LeaseRenew(_) | Self::Compact(_) | Self::ChangeMember(_) | Self::TransferLeadership(_))
     }
 
     /// Does it, and ends at the deadline.
@@ -176,6 +182,10 @@ impl Other {
                 Self::Compact(request) => Reply::Compact(engine.compact(request, deadline).await?),
                 #[cfg(feature = "fault-points")]
                 Self::Armed(operation, request) => armed::run(&engine, operation, *request, deadline).await?,
+                Self::ChangeMember(request) => Reply::ChangeMember(engine.change_member(request, deadline).await?),
+                Self::TransferLeadership(request) => {
+                    Reply::TransferLeadership(engine.transfer_leadership(request, deadline).await?)
+                }
                 Self::Members => Reply::Members(engine.members()),
                 Self::Status => Reply::Status(status(engine, deadline).await?),
             })

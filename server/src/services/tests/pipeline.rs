@@ -124,6 +124,12 @@ async fn unary(channel: &Channel, request: Asked) -> Reply {
         }
         Asked::Compact(request) => maintenance.compact(request).await.map(|answer| Reply::Compact(answer.into_inner())),
         Asked::Members(request) => cluster.members(request).await.map(|answer| Reply::Members(answer.into_inner())),
+        Asked::ChangeMember(request) => {
+            cluster.change_member(request).await.map(|answer| Reply::ChangeMember(answer.into_inner()))
+        }
+        Asked::TransferLeadership(request) => {
+            cluster.transfer_leadership(request).await.map(|answer| Reply::TransferLeadership(answer.into_inner()))
+        }
         Asked::Status(request) => cluster.status(request).await.map(|answer| Reply::Status(answer.into_inner())),
     };
     answer.unwrap_or_else(|status| {
@@ -165,6 +171,11 @@ fn comparable(mut reply: Reply) -> Reply {
             for member in &mut answer.members {
                 (member.peer_address, member.client_address) = Default::default();
             }
+            &mut answer.header
+        }
+        Reply::ChangeMember(answer) => &mut answer.header,
+        Reply::TransferLeadership(answer) => {
+            answer.leader = None;
             &mut answer.header
         }
         Reply::Status(answer) => {
@@ -252,6 +263,13 @@ fn requests() -> Vec<Asked> {
         Asked::Get(v1::GetRequest { key: "k".into(), read: past }),
         Asked::Members(v1::MembersRequest {}),
         Asked::Status(v1::StatusRequest {}),
+        Asked::ChangeMember(v1::ChangeMemberRequest::default()),
+        Asked::ChangeMember(v1::ChangeMemberRequest {
+            change: Some(v1::change_member_request::Change::Remove(v1::RemoveMember { id: 1 })),
+            force: true,
+        }),
+        Asked::TransferLeadership(v1::TransferLeadershipRequest { to: 7 }),
+        Asked::TransferLeadership(v1::TransferLeadershipRequest { to: 1 }),
     ]
 }
 
