@@ -223,7 +223,8 @@ async fn the_span_that_an_observer_names_goes_with_every_attempt() {
     client.put("k", "2").await.unwrap();
     let header = format!("00-{}-{}-01", "ab".repeat(16), "cd".repeat(8));
     for node in [&nodes[0], &nodes[2]] {
-        assert_eq!(node.script.lock().traceparent.as_deref(), Some(header.as_str()), "node {}", node.id());
+        let traceparent = node.script.lock().traceparent.clone();
+        assert_eq!(traceparent.as_deref(), Some(header.as_str()), "node {}", node.id());
     }
     let untraced = builder(&[&nodes[2]], PATIENCE).build().unwrap();
     untraced.put("k", "3").await.unwrap();

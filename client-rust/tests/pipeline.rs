@@ -308,6 +308,7 @@ async fn closing_without_patience_cuts_calls_off_and_says_so() {
     let pending = tokio::spawn(client.put("k", "2").into_future());
     eventually("the write has arrived", || nodes[0].puts() == 2).await;
     assert!(!client.close_within(Duration::from_millis(20)).await);
+    assert!(tasks() <= 1, "the caller's own may be left, and no other");
     let error = pending.await.unwrap().unwrap_err();
     assert_eq!(kinds(&error), (ErrorKind::Closed, Outcome::Unknown), "{error}");
     assert_eq!(tasks(), 0);
@@ -418,9 +419,16 @@ async fn eventual_reads_avoid_a_node_that_has_not_answered_yet() {
         silent.gets() > asked
     })
     .await;
+    eventually("the others are answered", || {
+        while held.try_join_next().is_some() {}
+        held.len() == (silent.gets() - asked) as usize
+    })
+    .await;
+    let hanging = silent.gets();
     for _ in 0..100 {
         assert_ne!(read().await.unwrap().header.node_id, favourite);
     }
+    assert_eq!(silent.gets(), hanging, "somebody was sent there, and answered elsewhere in the end");
 }
 
 /// A proxy that cuts every connection after some bytes, wherever that is in a message.

@@ -96,7 +96,11 @@ static SCENE: LazyLock<Scene> = LazyLock::new(|| {
     });
     let within = runtime.enter();
     let exporter = opentelemetry_otlp::SpanExporter::builder().with_tonic().with_endpoint(format!("http://{address}"));
-    let batches = BatchConfigBuilder::default().with_scheduled_delay(std::time::Duration::from_millis(50)).build();
+    // Room for all that the tests make, since one that makes thousands must not cost the next one its few.
+    let batches = BatchConfigBuilder::default()
+        .with_scheduled_delay(std::time::Duration::from_millis(50))
+        .with_max_queue_size(1 << 16)
+        .build();
     let processor = BatchSpanProcessor::builder(exporter.build().unwrap()).with_batch_config(batches).build();
     drop(within);
     let tracing = SdkTracerProvider::builder()

@@ -22,7 +22,7 @@ pub(crate) enum Manner {
     Missing,
     /// The stream is refused with `Unavailable`.
     Refuse,
-    /// Says that it drains with the first answers, and takes nothing that comes on another message.
+    /// Says that it drains with the first answers, and breaks a stream on which more comes after that.
     Drain,
     /// Answers everything twice, and what nobody asked.
     Stutter,
@@ -111,11 +111,12 @@ async fn serve<S: Operate>(
 ) {
     let mut work: JoinSet<Done> = JoinSet::new();
     let mut running: HashMap<u64, AbortHandle> = HashMap::new();
-    let (mut open, mut messages) = (true, 0);
+    let (mut open, mut messages, mut drained) = (true, 0, false);
     while open || !running.is_empty() {
         let mut done: Vec<Done> = Vec::new();
         tokio::select! {
             batch = batches.message(), if open && service.manner() != Manner::Deaf => match batch {
+                Ok(Some(_)) if drained => return drop(sender.send(Err(Status::unavailable("it drains"))).await),
                 Ok(Some(batch)) => {
                     service.received(&batch);
                     for v1::Operation { id, timeout_us, request, trace } in batch.operations {
@@ -184,6 +185,7 @@ async fn serve<S: Operate>(
             }
             _ => {}
         }
+        drained |= manner == Manner::Drain;
         if sender.send(Ok(v1::AnswerBatch { answers, draining: manner == Manner::Drain })).await.is_err() {
             return;
         }
