@@ -16,7 +16,7 @@ use tracing::Instrument;
 use crate::client::{Client, Shared, State};
 use crate::clock::Moment;
 use crate::cluster::Leader;
-use crate::connection::Connection;
+use crate::connection::{Connection, Heard};
 use crate::error::{Error, ErrorKind, Outcome};
 use crate::gate::{Gate, GatedChannel};
 use crate::namespace::Leave as _;
@@ -389,7 +389,7 @@ impl Shared {
                 target.answered(R::header(&reply), started.elapsed()).map(|()| reply)
             }
             Word::Failed(failure) => {
-                self.connections.judge(&target.address, &waiting.connection, waiting.heard, &failure);
+                self.judge(&target.address, &waiting.connection, waiting.heard, &failure).await;
                 Err(failure)
             }
             Word::Unary => self.attempt_unary(target, request.clone(), until, trace).boxed().await,
@@ -453,8 +453,9 @@ impl Shared {
         let answer = tokio::select! {
             answer = exchange => answer,
             () = self.suspect_until(until.deadline) => {
-                let failure = Failure::Silent { sent: !gate.close(), after: started.elapsed() };
-                self.connections.judge(&target.address, &connection, heard, &failure);
+                let after = until.deadline.saturating_duration_since(started);
+                let failure = Failure::Silent { sent: !gate.close(), after };
+                self.judge(&target.address, &connection, heard, &failure).await;
                 return Err(failure);
             }
             () = self.closed.cancelled() => return Err(Failure::Closed { sent: !gate.close() }),
@@ -468,9 +469,24 @@ impl Shared {
                     self.connections.discard(&target.address, &connection);
                 }
                 // The transport's own timer may have been faster.
-                self.connections.judge(&target.address, &connection, heard, &failure);
+                self.judge(&target.address, &connection, heard, &failure).await;
                 Err(failure)
             }
+        }
+    }
+
+    /// Gives a connection up on which nothing was heard since an attempt began, which is when `heard` is from, and ended
+    /// silent.
+    async fn judge(&self, address: &Address, connection: &Connection, heard: Heard, failure: &Failure) {
+        let Failure::Silent { after, .. } = failure else { return };
+        if *after < SUSPECT_AFTER {
+            return;
+        }
+        // After a pause of this whole process, what has come meanwhile is read first.
+        tokio::task::yield_now().await;
+        if connection.heard() == heard {
+            tracing::debug!(%address, ?after, "a silent connection is given up");
+            self.connections.discard(address, connection);
         }
     }
 

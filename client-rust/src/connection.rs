@@ -18,9 +18,8 @@ use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::call::SUSPECT_AFTER;
 use crate::pipeline::Link;
-use crate::retry::{Cause, Failure};
+use crate::retry::Cause;
 use crate::tasks::Tasks;
 use crate::topology::Address;
 use crate::transport::{Connector, Pulse, Security};
@@ -167,18 +166,6 @@ impl Connections {
         // Without a task, the client is closed or its runtime has ended.
         let gone = || Cause::text("the client was closed");
         async move { connecting.await.ok().flatten().unwrap_or_else(|| Err(gone())) }.boxed().shared()
-    }
-
-    /// Takes note of an attempt over `connection` that failed; `heard` is from when it began. Without a sound since then,
-    /// the connection is given up.
-    pub(crate) fn judge(&self, address: &Address, connection: &Connection, heard: Heard, failure: &Failure) {
-        if let Failure::Silent { after, .. } = failure
-            && *after >= SUSPECT_AFTER
-            && connection.heard() == heard
-        {
-            tracing::debug!(%address, ?after, "a silent connection is given up");
-            self.discard(address, connection);
-        }
     }
 
     /// Gives up a connection that broke; the next request makes a new one. This one ends once what is in flight has.

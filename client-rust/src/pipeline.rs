@@ -300,7 +300,8 @@ impl Link {
         let now = Instant::now();
         let (late, overdue) = self.state.lock().sweep(now);
         for (pending, sent) in late {
-            let after = now.saturating_duration_since(pending.begun);
+            // What it had: that this process came late to look says nothing of the node.
+            let after = pending.deadline.saturating_duration_since(pending.begun);
             pending.tell(Word::Failed(Failure::Silent { sent, after }));
         }
         if overdue {
