@@ -8,14 +8,14 @@ use d_engine_proto::{NodeId, v1};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
+use crate::config::{DEFAULT_LISTEN_ADDRESS, LogEngine, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{Engine, EngineConfig, ReadPolicy};
 use crate::metrics::Metrics;
 use crate::monitoring;
 use crate::services::{self, ServeError};
 use crate::state_machine::kv::KvStateMachine;
-use crate::storage::{RocksDBStorageEngine, StorageError};
+use crate::storage::{RocksDBStorageEngine, SegmentStorageEngine, StorageEngine, StorageError};
 use crate::tls::{Tls, TlsError};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
@@ -79,11 +79,12 @@ impl Node {
             }
             false => None,
         };
-        let (log, state_machine) = blocking("opening the data directories", move || open(&root)).await??;
+        let engine = config.raft.persistence.engine;
+        let (log, state_machine) = blocking("opening the data directories", move || open(&root, engine)).await??;
         let kv = Arc::new(state_machine);
         let consensus_config = consensus_config(&config);
         let (consensus, peers) =
-            Consensus::start(consensus_config, Arc::new(log), kv.clone(), metrics.clone(), tls.clone()).await?;
+            Consensus::start(consensus_config, log, kv.clone(), metrics.clone(), tls.clone()).await?;
         let read_policy = ReadPolicy {
             default: config.raft.read_consistency.default_policy.into(),
             allow_client_override: config.raft.read_consistency.allow_client_override,
@@ -181,12 +182,16 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::Panicked { what })
 }
 
-fn open(root: &Path) -> Result<(RocksDBStorageEngine, KvStateMachine), StorageError> {
+fn open(root: &Path, engine: LogEngine) -> Result<(Arc<dyn StorageEngine>, KvStateMachine), StorageError> {
     let create = |directory: PathBuf| match std::fs::create_dir_all(&directory) {
         Ok(()) => Ok(directory),
         Err(error) => Err(StorageError::Io { action: "create", path: directory, message: error.to_string() }),
     };
-    let log = RocksDBStorageEngine::open(create(root.join(LOG_DIRECTORY))?)?;
+    let log = create(root.join(LOG_DIRECTORY))?;
+    let log: Arc<dyn StorageEngine> = match engine {
+        LogEngine::RocksDb => Arc::new(RocksDBStorageEngine::open(log)?),
+        LogEngine::Segments => Arc::new(SegmentStorageEngine::open(log)?),
+    };
     let state_machine = KvStateMachine::open(&create(root.join(STATE_DIRECTORY))?)?;
     Ok((log, state_machine))
 }

@@ -411,10 +411,7 @@ async fn a_state_without_its_log_is_refused() {
 async fn a_state_of_another_log_is_refused() {
     for persistence in [Persistence::DiskFirst, Persistence::MemFirst { entries: 1, interval: Duration::ZERO }] {
         let refused = start_ahead(&used_log(&[(2, 16), (2, 17), (4, 18)]), persistence).await.unwrap_err();
-        assert!(
-            matches!(refused, StartError::StateOfAnotherLog { applied: Term(3), found: Term(2), .. }),
-            "{refused}"
-        );
+        assert!(matches!(refused, StartError::StateOfAnotherLog { applied: Term(3), found: Term(2), .. }), "{refused}");
     }
 }
 

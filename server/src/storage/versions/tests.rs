@@ -2,6 +2,7 @@
 
 mod compaction;
 mod crash;
+mod fixture;
 mod script;
 
 use std::collections::BTreeMap;
