@@ -22,7 +22,7 @@ use std::time::Duration;
 use clap::Parser;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use d_engine_client::Client;
-use d_engine_tests::cluster::Cluster;
+use d_engine_tests::cluster::{Cluster, Shape};
 
 use load::{Clients, Figures, Operation, Transport};
 
@@ -41,6 +41,12 @@ struct Arguments {
     /// Nodes of the cluster that is under load.
     #[arg(long, default_value_t = 3)]
     nodes: u32,
+    /// TOML added to the configuration of every node that is under load.
+    #[arg(long, default_value = "")]
+    extra: String,
+    /// Only puts, over the pipeline.
+    #[arg(long)]
+    puts_only: bool,
     /// Clients that do nothing, to see what they keep in memory; 0: none.
     #[arg(long, default_value_t = 1000)]
     idle_clients: usize,
@@ -113,13 +119,17 @@ async fn main() {
 }
 
 async fn measure_load(arguments: &Arguments) {
-    let cluster = Cluster::start(arguments.nodes).await;
+    let shape = Shape { nodes: arguments.nodes, extra: arguments.extra.clone(), ..Shape::default() };
+    let mut cluster = Cluster::prepare(shape).await;
+    cluster.start_all().await;
     let mut transports = Vec::new();
-    for transport in Transport::ALL {
+    let kinds = if arguments.puts_only { &Transport::ALL[..1] } else { &Transport::ALL[..] };
+    for transport in kinds.iter().copied() {
         transports.push(Clients::connect(&cluster.addresses(), transport).await);
     }
     let mut rows = Vec::new();
-    for operation in Operation::ALL {
+    let operations = if arguments.puts_only { &Operation::ALL[..1] } else { &Operation::ALL[..] };
+    for operation in operations.iter().copied() {
         for callers in &arguments.callers {
             for clients in &transports {
                 eprintln!("{} with {callers} callers ...", operation.name());

@@ -12,7 +12,7 @@ use futures_util::future::{BoxFuture, FutureExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, MemberStatus, RaftNodeConfig};
+use crate::config::{DEFAULT_LISTEN_ADDRESS, LogEngine, MemberRole, MemberStatus, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
 use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy};
 use crate::limits::ABANDON_TIMEOUT;
@@ -21,7 +21,7 @@ use crate::monitoring;
 use crate::services::{self, ServeError};
 use crate::state_machine::StateMachine;
 use crate::state_machine::kv::KvStateMachine;
-use crate::storage::{RocksDBStorageEngine, StorageEngine, StorageError};
+use crate::storage::{RocksDBStorageEngine, SegmentStorageEngine, StorageEngine, StorageError};
 use crate::tls::{Tls, TlsError};
 
 pub use builder::{NodeBuilder, StateMachineHandle, StorageHandle};
@@ -143,7 +143,8 @@ impl Node {
             false => None,
         };
         let (own_log, own_state) = (parts.storage.is_none(), parts.state_machine.is_none());
-        let (storage, machine) = blocking("opening the data directories", move || open(&root, parts)).await??;
+        let engine = config.raft.persistence.engine;
+        let (storage, machine) = blocking("opening the data directories", move || open(&root, engine, parts)).await??;
         let state_machine: Arc<dyn StateMachine> = match &machine {
             Machine::Kv(kv) => kv.clone(),
             Machine::Custom(custom) => custom.clone(),
@@ -341,14 +342,20 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::Panicked { what })
 }
 
-fn open(root: &Path, parts: Parts) -> Result<(Arc<dyn StorageEngine>, Machine), StorageError> {
+fn open(root: &Path, engine: LogEngine, parts: Parts) -> Result<(Arc<dyn StorageEngine>, Machine), StorageError> {
     let create = |directory: PathBuf| match std::fs::create_dir_all(&directory) {
         Ok(()) => Ok(directory),
         Err(error) => Err(StorageError::Io { action: "create", path: directory, message: error.to_string() }),
     };
     let log = match parts.storage {
         Some(storage) => storage.0,
-        None => Arc::new(RocksDBStorageEngine::open(create(root.join(LOG_DIRECTORY))?)?),
+        None => {
+            let directory = create(root.join(LOG_DIRECTORY))?;
+            match engine {
+                LogEngine::RocksDb => Arc::new(RocksDBStorageEngine::open(directory)?),
+                LogEngine::Segments => Arc::new(SegmentStorageEngine::open(directory)?),
+            }
+        }
     };
     let machine = match parts.state_machine {
         Some(state_machine) => state_machine.0,

@@ -14,7 +14,8 @@ use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::wait;
 use tokio::task::JoinSet;
 
-const ROUNDS: usize = 3;
+const ENGINES: [&str; 2] = ["RocksDB", "Segments"];
+const ROUNDS: usize = 2;
 const WRITERS: usize = 16;
 const WRITES_PER_ROUND: usize = 600;
 
@@ -26,7 +27,36 @@ const NEVER_FLUSHED: &str = "flush_policy = { Batch = { threshold = 1000000, int
 
 #[tokio::test(flavor = "multi_thread")]
 async fn mem_first_loses_nothing_acknowledged_when_every_process_is_killed() {
-    every_process_is_killed(&format!("strategy = \"MemFirst\"\n{NEVER_FLUSHED}")).await;
+    for engine in ENGINES {
+        every_process_is_killed(&format!("strategy = \"MemFirst\"\n{NEVER_FLUSHED}\nengine = {engine:?}")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_first_loses_nothing_acknowledged_when_every_process_is_killed() {
+    for engine in ENGINES {
+        every_process_is_killed(&format!("engine = {engine:?}")).await;
+    }
+}
+
+#[tokio::test]
+async fn the_log_of_the_other_engine_is_refused_by_name() {
+    for (own, other) in [(ENGINES[0], ENGINES[1]), (ENGINES[1], ENGINES[0])] {
+        let extra = format!("[raft.persistence]\nengine = {own:?}\n");
+        let mut cluster = Cluster::prepare(Shape { nodes: 1, extra, ..Shape::default() }).await;
+        cluster.start_all().await;
+        cluster.node_mut(1).stop().await;
+        cluster.node_mut(1).set_environment("D_ENGINE__RAFT__PERSISTENCE__ENGINE", other);
+        cluster.node_mut(1).start();
+        let (success, output) = cluster.node_mut(1).exit().await;
+        let log = cluster.node(1).data().join("log").display().to_string();
+        let remedy = format!("raft.persistence.engine = \"{own}\"");
+        let last = output.lines().last().unwrap_or_default();
+        assert!(!success, "{output}");
+        for word in [&log, own, other, &remedy] {
+            assert!(last.contains(word), "the last line does not say {word:?}:\n{output}");
+        }
+    }
 }
 
 async fn every_process_is_killed(persistence: &str) {

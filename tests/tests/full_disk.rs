@@ -26,74 +26,92 @@ const PACE: Duration = Duration::from_millis(5);
 
 #[test]
 fn a_leader_or_follower_whose_disk_is_full_ends_and_comes_back_while_the_others_go_on() {
-    network::inside("a_leader_or_follower_whose_disk_is_full_ends_and_comes_back_while_the_others_go_on", || async {
-        let mut cluster = prepare(3).await;
-        let disks: Vec<Disk> =
-            cluster.nodes().iter().map(|node| Disk::in_memory(&node.data(), DISK_MEBIBYTES)).collect();
-        cluster.start_all().await;
-        let mut ledger = Ledger::default();
-        for leads in [true, false] {
-            let leader = cluster.leader(&[]).await;
-            let victim = if leads { leader } else { leader % 3 + 1 };
-            let disk = &disks[victim as usize - 1];
-            ledger.write(&cluster, 50).await;
-            disk.fill();
-            while cluster.node_mut(victim).process().ended().is_none() {
-                ledger.write(&cluster, 1).await;
-            }
-            names_the_directory(&mut cluster, victim).await;
-
-            cluster.leader(&[victim]).await;
-            ledger.write(&cluster, 50).await;
-            disk.free();
-            cluster.start_all().await;
-            ledger.write(&cluster, 50).await;
-            for node in cluster.nodes() {
-                ledger.stands(&node.direct(wait::PATIENCE)).await;
-            }
-        }
-        cluster.check_alive();
+    network::inside("a_leader_or_follower_whose_disk_is_full_ends_and_comes_back_while_the_others_go_on", || {
+        three_nodes("RocksDB")
     });
 }
 
 #[test]
+fn so_does_one_whose_log_is_in_segments() {
+    network::inside("so_does_one_whose_log_is_in_segments", || three_nodes("Segments"));
+}
+
+#[test]
 fn a_single_node_whose_disk_is_full_acknowledges_nothing_more_and_loses_nothing() {
-    network::inside("a_single_node_whose_disk_is_full_acknowledges_nothing_more_and_loses_nothing", || async {
-        let mut cluster = prepare(1).await;
-        let data = cluster.node(1).data();
-        // The disk of everything, and one that holds only the history, to which nothing is written before long.
-        for place in [data.clone(), data.join("state")] {
-            let disk = Disk::in_memory(&place, DISK_MEBIBYTES);
-            cluster.start_all().await;
-            let mut ledger = Ledger::default();
-            let node = cluster.node(1).direct(ATTEMPT);
-            for _ in 0..50 {
-                ledger.put(&node).await.unwrap();
-            }
-            disk.fill();
-            while ledger.put(&node).await.is_ok() {}
-            while cluster.node_mut(1).process().ended().is_none() {
-                assert!(ledger.put(&node).await.is_err(), "a write was acknowledged after one had failed");
-            }
-            names_the_directory(&mut cluster, 1).await;
-
-            disk.free();
-            cluster.start_all().await;
-            ledger.stands(&cluster.node(1).direct(wait::PATIENCE)).await;
-            ledger.write(&cluster, 50).await;
-            ledger.stands(&cluster.node(1).direct(wait::PATIENCE)).await;
-
-            // The next round begins with an empty directory.
-            cluster.node_mut(1).stop().await;
-            drop(disk);
-            std::fs::remove_dir_all(&data).unwrap();
-        }
+    network::inside("a_single_node_whose_disk_is_full_acknowledges_nothing_more_and_loses_nothing", || {
+        single_node("RocksDB")
     });
 }
 
-async fn prepare(nodes: u32) -> Cluster {
+#[test]
+fn neither_does_one_whose_log_is_in_segments() {
+    network::inside("neither_does_one_whose_log_is_in_segments", || single_node("Segments"));
+}
+
+async fn three_nodes(engine: &str) {
+    let mut cluster = prepare(3, engine).await;
+    let disks: Vec<Disk> = cluster.nodes().iter().map(|node| Disk::in_memory(&node.data(), DISK_MEBIBYTES)).collect();
+    cluster.start_all().await;
+    let mut ledger = Ledger::default();
+    for leads in [true, false] {
+        let leader = cluster.leader(&[]).await;
+        let victim = if leads { leader } else { leader % 3 + 1 };
+        let disk = &disks[victim as usize - 1];
+        ledger.write(&cluster, 50).await;
+        disk.fill();
+        while cluster.node_mut(victim).process().ended().is_none() {
+            ledger.write(&cluster, 1).await;
+        }
+        names_the_directory(&mut cluster, victim).await;
+
+        cluster.leader(&[victim]).await;
+        ledger.write(&cluster, 50).await;
+        disk.free();
+        cluster.start_all().await;
+        ledger.write(&cluster, 50).await;
+        for node in cluster.nodes() {
+            ledger.stands(&node.direct(wait::PATIENCE)).await;
+        }
+    }
+    cluster.check_alive();
+}
+
+async fn single_node(engine: &str) {
+    let mut cluster = prepare(1, engine).await;
+    let data = cluster.node(1).data();
+    // The disk of everything, and one that holds only the history, to which nothing is written before long.
+    for place in [data.clone(), data.join("state")] {
+        let disk = Disk::in_memory(&place, DISK_MEBIBYTES);
+        cluster.start_all().await;
+        let mut ledger = Ledger::default();
+        let node = cluster.node(1).direct(ATTEMPT);
+        for _ in 0..50 {
+            ledger.put(&node).await.unwrap();
+        }
+        disk.fill();
+        while ledger.put(&node).await.is_ok() {}
+        while cluster.node_mut(1).process().ended().is_none() {
+            assert!(ledger.put(&node).await.is_err(), "a write was acknowledged after one had failed");
+        }
+        names_the_directory(&mut cluster, 1).await;
+
+        disk.free();
+        cluster.start_all().await;
+        ledger.stands(&cluster.node(1).direct(wait::PATIENCE)).await;
+        ledger.write(&cluster, 50).await;
+        ledger.stands(&cluster.node(1).direct(wait::PATIENCE)).await;
+
+        // The next round begins with an empty directory.
+        cluster.node_mut(1).stop().await;
+        drop(disk);
+        std::fs::remove_dir_all(&data).unwrap();
+    }
+}
+
+async fn prepare(nodes: u32, engine: &str) -> Cluster {
     let network = Some(PrivateNetwork::lay(nodes));
-    Cluster::prepare(Shape { nodes, network, ..Shape::default() }).await
+    let extra = format!("[raft.persistence]\nengine = {engine:?}\n");
+    Cluster::prepare(Shape { nodes, network, extra, ..Shape::default() }).await
 }
 
 /// Waits for the node to end, and looks at its last words.

@@ -10,7 +10,8 @@ use serde::de::{Error, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::{
-    ClientAuth, FlushPolicy, InitialMember, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig, ReadPolicy,
+    ClientAuth, FlushPolicy, InitialMember, LogEngine, MemberRole, MemberStatus, PersistenceStrategy, RaftNodeConfig,
+    ReadPolicy,
 };
 
 #[derive(Default, Deserialize)]
@@ -72,6 +73,7 @@ struct ReadConsistency {
 struct Persistence {
     strategy: Option<PersistenceStrategy>,
     flush_policy: Option<FlushPolicy>,
+    engine: Option<LogEngine>,
 }
 
 /// Milliseconds, all of them.
@@ -164,6 +166,7 @@ impl FileConfig {
         set(&mut target.read_consistency.allow_client_override, raft.read_consistency.allow_client_override);
         set(&mut target.persistence.strategy, raft.persistence.strategy);
         set(&mut target.persistence.flush_policy, raft.persistence.flush_policy);
+        set(&mut target.persistence.engine, raft.persistence.engine);
         let Election { election_timeout_min, election_timeout_max, heartbeat_interval } = raft.election;
         set_optional(&mut target.election.timeout_min, election_timeout_min.map(Duration::from_millis));
         set_optional(&mut target.election.timeout_max, election_timeout_max.map(Duration::from_millis));

@@ -193,6 +193,19 @@ pub struct PersistenceConfig {
     pub strategy: PersistenceStrategy,
     /// When `MemFirst` writes to the disk. Under `DiskFirst` everything acknowledged already is there.
     pub flush_policy: FlushPolicy,
+    /// Which files the Raft log is kept in.
+    pub engine: LogEngine,
+}
+
+/// Which files the Raft log is kept in. A directory written by one is refused by the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum LogEngine {
+    /// A RocksDB of its own.
+    #[default]
+    #[serde(rename = "RocksDB")]
+    RocksDb,
+    /// A journal in segment files.
+    Segments,
 }
 
 /// What an acknowledgement promises.

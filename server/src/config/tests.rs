@@ -132,6 +132,7 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
         [raft.persistence]
         strategy = "DiskFirst"
         flush_policy = { Batch = { threshold = 100, interval_ms = 20 } }
+        engine = "Segments"
         [raft.election]
         election_timeout_min = 1000
         election_timeout_max = 2000
@@ -165,6 +166,7 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
     assert_eq!((lease_enabled, history_retention), (false, Duration::from_secs(5)));
     let batch = FlushBatch { threshold: 100, interval_ms: 20 };
     assert_eq!(config.raft.persistence.flush_policy, FlushPolicy::Batch(batch));
+    assert_eq!(config.raft.persistence.engine, LogEngine::Segments);
     assert!(config.warnings[0].contains("DiskFirst"));
     let timings = config.raft.timings();
     assert_eq!((timings.lease.as_millis(), timings.election_min.as_millis()), (400, 1000));
@@ -304,6 +306,7 @@ fn a_value_of_the_wrong_kind_is_refused_with_line_and_expectation() {
     assert_refused("[cluster]\nnode_id = -1", &["n1.toml:2", "u32"]);
     assert_refused("[raft.read_consistency]\ndefault_policy = \"Fast\"", &["n1.toml:2", "`LeaseRead`"]);
     assert_refused("[raft.persistence]\nstrategy = \"Never\"", &["n1.toml:2", "`DiskFirst`"]);
+    assert_refused("[raft.persistence]\nengine = \"Paper\"", &["n1.toml:2", "`RocksDB`", "`Segments`"]);
     let role = "[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\", role = ";
     assert_refused(&format!("{role}5 }}]"), &["n1.toml:2", "learner"]);
     assert_refused(&format!("{role}\"boss\" }}]"), &["n1.toml:2", "boss", "learner"]);

@@ -420,3 +420,35 @@ fn describe(members: &[v1::InitialMember]) -> String {
     };
     members.iter().map(describe_one).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a newer version adds to its hello, this one ignores; what it says of its version, it does not.
+    #[test]
+    fn an_older_or_newer_peer_is_refused_by_its_version() {
+        let member = |id| v1::InitialMember { id, address: format!("n{id}:9081"), learner: false };
+        let formation = Formation {
+            local: Arc::new(LocalIdentity::new(1, 11, None)),
+            initial_cluster: vec![member(1), member(2)],
+            client_address: String::new(),
+            application_address: String::new(),
+        };
+        let hello = |protocol_version| v1::HelloResponse {
+            protocol_version,
+            node_id: 2,
+            incarnation: 22,
+            initial_cluster: formation.initial_cluster.clone(),
+            ..Default::default()
+        };
+        formation.check(2, &hello(PEER_PROTOCOL_VERSION)).unwrap();
+        for theirs in [PEER_PROTOCOL_VERSION - 1, PEER_PROTOCOL_VERSION + 1] {
+            let refused = formation.check(2, &hello(theirs)).unwrap_err();
+            assert_eq!(refused, MembershipRefused::OtherProtocol { peer: 2, address: "n2:9081".into(), theirs });
+            let message = refused.to_string();
+            let versions = format!("speaks peer protocol {theirs}, this node {PEER_PROTOCOL_VERSION}");
+            assert!(message.contains(&versions) && message.contains("upgrade the older"), "{message}");
+        }
+    }
+}

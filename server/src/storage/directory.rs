@@ -44,7 +44,7 @@ impl Directory {
     /// Takes the directory at `path`, making it if there is none.
     ///
     /// # Errors
-    /// [`StorageError::Locked`], [`StorageError::Foreign`], [`StorageError::NewerFormat`],
+    /// [`StorageError::Locked`], [`StorageError::Foreign`], [`StorageError::OtherEngine`], [`StorageError::NewerFormat`],
     /// [`StorageError::OlderFormat`], [`StorageError::Corrupt`] or [`StorageError::Io`]; a directory that was there is
     /// unchanged then.
     pub(super) fn claim(path: &Path, layout: Layout) -> Result<Self, StorageError> {
@@ -68,6 +68,11 @@ impl Directory {
             }
         }
         Ok(directory)
+    }
+
+    /// Makes the names of the files in it durable.
+    pub(super) fn sync_names(&self) -> io::Result<()> {
+        self.handle.sync_all()
     }
 
     /// Where it is.
@@ -190,6 +195,15 @@ fn create_durably(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The storage engine whose log a directory of this kind is, as the configuration names it.
+fn engine_of(kind: &str) -> Option<&'static str> {
+    match kind {
+        "raft-log" => Some("RocksDB"),
+        "raft-log-segments" => Some("Segments"),
+        _ => None,
+    }
+}
+
 fn marker(layout: Layout) -> String {
     let content = format!("{MAGIC} {} {}", layout.kind, layout.version);
     format!("{content} {:08x}\n", crc32c::crc32c(content.as_bytes()))
@@ -214,6 +228,9 @@ fn check_marker(text: &str, path: &Path, layout: Layout) -> Result<(), StorageEr
     let (Some(kind), Some(version)) = (words.next(), words.next().and_then(|word| word.parse().ok())) else {
         return Err(corrupt("unreadable"));
     };
+    if let (Some(found), Some(expected), true) = (engine_of(kind), engine_of(layout.kind), kind != layout.kind) {
+        return Err(StorageError::OtherEngine { path: path.into(), found, expected });
+    }
     if kind != layout.kind {
         return Err(foreign(format!("it holds d-engine's {kind}, not its {}", layout.kind)));
     }
@@ -309,6 +326,8 @@ mod tests {
         assert!(matches!(claim("d-engine raft-log 3"), Err(StorageError::NewerFormat { found: 3, supported: 2, .. })));
         assert!(matches!(claim("d-engine raft-log 0"), Err(StorageError::OlderFormat { found: 0, supported: 1, .. })));
         assert!(matches!(claim("d-engine versions 1"), Err(StorageError::Foreign { .. })));
+        let other = claim("d-engine raft-log-segments 1").unwrap_err();
+        assert!(matches!(other, StorageError::OtherEngine { found: "Segments", expected: "RocksDB", .. }), "{other}");
         assert!(matches!(claim("d-engine raft-log many"), Err(StorageError::Corrupt { .. })));
         assert!(matches!(claim("another-engine raft-log 1"), Err(StorageError::Foreign { .. })));
     }

@@ -12,6 +12,7 @@ mod log_state;
 mod memory;
 mod record;
 mod rocksdb_engine;
+mod segment_engine;
 pub mod suite;
 mod tails;
 pub mod versions;
@@ -24,6 +25,7 @@ use d_engine_proto::{LogIndex, NodeId, Term};
 pub use directory::disk_bytes;
 pub use memory::MemoryStorageEngine;
 pub use rocksdb_engine::RocksDBStorageEngine;
+pub use segment_engine::SegmentStorageEngine;
 
 /// Where an entry stands in the log. Ordered as Raft compares logs: by term first, then by index. A term has at most
 /// one leader, so it also tells who wrote the entry.
@@ -204,6 +206,19 @@ pub enum StorageError {
         path: PathBuf,
         /// What gives it away.
         message: String,
+    },
+    /// The log of another storage engine.
+    #[error(
+        "{} was written by the storage engine {found}, not by {expected}: set raft.persistence.engine = \"{found}\", or \
+         choose an empty directory", path.display()
+    )]
+    OtherEngine {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is, as the configuration names it.
+        found: &'static str,
+        /// Who was to open it.
+        expected: &'static str,
     },
     /// The log cannot be what the write asks for: it would have a hole. Nothing of the write took effect.
     #[error(

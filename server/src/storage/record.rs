@@ -97,16 +97,8 @@ fn decode_entry_parts<'a>(key: &[u8], value: &'a [u8]) -> Result<(LogPosition, &
 pub(super) fn encode_state(log: &LogState, buffer: &mut Vec<u8>) {
     let state = &log.state;
     begin(buffer);
-    put_option(buffer, state.identity, |buffer, identity| {
-        buffer.put_u32_le(identity.node_id.get());
-        buffer.put_u64_le(identity.incarnation);
-        put_option(buffer, identity.cluster_id, |buffer, id| buffer.put_u64_le(id));
-    });
-    put_option(buffer, state.vote, |buffer, vote| {
-        buffer.put_u64_le(vote.term.get());
-        buffer.put_u32_le(vote.node_id.get());
-        buffer.put_u8(u8::from(vote.committed));
-    });
+    put_option(buffer, state.identity, put_identity);
+    put_option(buffer, state.vote, put_vote);
     put_option(buffer, state.committed, put_position);
     put_option(buffer, state.purged, put_position);
     put_option(buffer, state.last, put_position);
@@ -117,20 +109,8 @@ pub(super) fn encode_state(log: &LogState, buffer: &mut Vec<u8>) {
 /// Reads the state back.
 pub(super) fn decode_state(value: &[u8]) -> Result<LogState, RecordError> {
     let body = &mut open(STATE_KEY, value)?;
-    let identity = get_option(body, |body| {
-        Ok(Identity {
-            node_id: NodeId(body.try_get_u32_le()?),
-            incarnation: body.try_get_u64_le()?,
-            cluster_id: get_option(body, |body| Ok(body.try_get_u64_le()?))?,
-        })
-    })?;
-    let vote = get_option(body, |body| {
-        Ok(Vote {
-            term: Term(body.try_get_u64_le()?),
-            node_id: NodeId(body.try_get_u32_le()?),
-            committed: get_bool(body)?,
-        })
-    })?;
+    let identity = get_option(body, get_identity)?;
+    let vote = get_option(body, get_vote)?;
     let committed = get_option(body, get_position)?;
     let purged = get_option(body, get_position)?;
     let last = get_option(body, get_position)?;
@@ -164,23 +144,47 @@ fn open<'a>(key: &[u8], value: &'a [u8]) -> Result<&'a [u8], RecordError> {
     }
 }
 
-fn put_position(buffer: &mut Vec<u8>, position: LogPosition) {
+pub(super) fn put_identity(buffer: &mut Vec<u8>, identity: Identity) {
+    buffer.put_u32_le(identity.node_id.get());
+    buffer.put_u64_le(identity.incarnation);
+    put_option(buffer, identity.cluster_id, |buffer, id| buffer.put_u64_le(id));
+}
+
+pub(super) fn get_identity(body: &mut &[u8]) -> Result<Identity, RecordError> {
+    Ok(Identity {
+        node_id: NodeId(body.try_get_u32_le()?),
+        incarnation: body.try_get_u64_le()?,
+        cluster_id: get_option(body, |body| Ok(body.try_get_u64_le()?))?,
+    })
+}
+
+pub(super) fn put_vote(buffer: &mut Vec<u8>, vote: Vote) {
+    buffer.put_u64_le(vote.term.get());
+    buffer.put_u32_le(vote.node_id.get());
+    buffer.put_u8(u8::from(vote.committed));
+}
+
+pub(super) fn get_vote(body: &mut &[u8]) -> Result<Vote, RecordError> {
+    Ok(Vote { term: Term(body.try_get_u64_le()?), node_id: NodeId(body.try_get_u32_le()?), committed: get_bool(body)? })
+}
+
+pub(super) fn put_position(buffer: &mut Vec<u8>, position: LogPosition) {
     buffer.put_u64_le(position.term.get());
     buffer.put_u64_le(position.index.get());
 }
 
-fn get_position(body: &mut &[u8]) -> Result<LogPosition, RecordError> {
+pub(super) fn get_position(body: &mut &[u8]) -> Result<LogPosition, RecordError> {
     Ok(LogPosition { term: Term(body.try_get_u64_le()?), index: LogIndex(body.try_get_u64_le()?) })
 }
 
-fn put_option<T>(buffer: &mut Vec<u8>, value: Option<T>, put: impl FnOnce(&mut Vec<u8>, T)) {
+pub(super) fn put_option<T>(buffer: &mut Vec<u8>, value: Option<T>, put: impl FnOnce(&mut Vec<u8>, T)) {
     buffer.put_u8(u8::from(value.is_some()));
     if let Some(value) = value {
         put(buffer, value);
     }
 }
 
-fn get_option<T>(
+pub(super) fn get_option<T>(
     body: &mut &[u8],
     get: impl FnOnce(&mut &[u8]) -> Result<T, RecordError>,
 ) -> Result<Option<T>, RecordError> {

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod compaction;
 mod crash;
+mod fixture;
 mod script;
 
 use std::collections::BTreeMap;

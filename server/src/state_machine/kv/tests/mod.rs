@@ -4,6 +4,7 @@ mod answers;
 mod compaction;
 mod crash;
 mod examples;
+mod formats;
 mod leases;
 mod model;
 mod random;
