@@ -155,6 +155,10 @@ impl Formation {
             known_incarnation: effective.membership().get_node(&route.from).map_or(0, |member| member.incarnation),
             membership: committed.log_id().as_ref().map(log_id_out),
             is_member: committed.membership().get_node(&route.from).is_some_and(of_sender),
+            was_added: effective
+                .membership()
+                .get_node(&self.local.node_id)
+                .is_some_and(|member| member.incarnation == self.local.incarnation),
             leader_id: leader.map_or(0, |(id, _)| id),
             leader_address: leader.map_or_else(String::new, |(_, member)| member.peer_address.clone()),
         }
@@ -237,7 +241,7 @@ impl Formation {
 
     /// Waits until the leader is silent. Returns false once the node has stopped.
     async fn until_in_doubt(&self, raft: &Raft, leadership: &Leadership) -> bool {
-        let patience = 2 * self.timings.election_max;
+        let patience = self.timings.silence();
         loop {
             tokio::time::sleep(patience).await;
             if raft.metrics().borrow_watched().running_state.is_err() {

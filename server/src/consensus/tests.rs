@@ -2,6 +2,7 @@
 //! that is a list. Whatever needs processes that die is tested on the real binary.
 
 mod groups;
+mod members;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +78,7 @@ impl StateMachine for List {
 
 struct Node {
     consensus: Consensus,
+    address: String,
     list: Arc<List>,
     serving: oneshot::Sender<()>,
 }
@@ -89,6 +91,7 @@ impl Node {
         listener: tokio::net::TcpListener,
     ) -> Self {
         let list = Arc::new(List::default());
+        let address = listener.local_addr().unwrap().to_string();
         let config = ConsensusConfig {
             node_id: NodeId(id),
             initial_cluster: members.to_vec(),
@@ -108,7 +111,7 @@ impl Node {
             },
         );
         tokio::spawn(serve);
-        Self { consensus, list, serving }
+        Self { consensus, address, list, serving }
     }
 
     async fn stop(self) {
@@ -119,6 +122,8 @@ impl Node {
 
 struct Cluster {
     nodes: Vec<Node>,
+    /// Of the nodes as they were started, by ascending id.
+    engines: Vec<Arc<MemoryStorageEngine>>,
 }
 
 impl Cluster {
@@ -143,10 +148,11 @@ impl Cluster {
             })
             .collect();
         let mut nodes = Vec::new();
-        for (listener, id) in listeners.into_iter().zip(1..) {
-            nodes.push(Node::start(id, &members, Arc::new(MemoryStorageEngine::default()), listener).await);
+        let engines: Vec<Arc<MemoryStorageEngine>> = members.iter().map(|_| Arc::default()).collect();
+        for ((listener, id), engine) in listeners.into_iter().zip(1..).zip(&engines) {
+            nodes.push(Node::start(id, &members, engine.clone(), listener).await);
         }
-        Self { nodes }
+        Self { nodes, engines }
     }
 
     async fn leader(&self) -> &Node {
