@@ -7,11 +7,15 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use d_engine_client::{Client, Member, MemberRole, NodeId};
 use fastrand::Rng;
 
 use crate::cluster::Cluster;
 use crate::network::End;
 use crate::wait;
+
+/// Budget of a call that changes the membership.
+const OPERATOR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whom a fault hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,11 +45,26 @@ pub enum Fault {
     DeafPeer(Target),
     /// No link between two nodes; both reach the third.
     SeverPair(Target),
+    /// Leadership is handed over.
+    Transfer(Target),
+    /// Loses its vote, and later gets it back. The node that leads is killed in the middle of it.
+    Demote(Target),
+    /// Removed for good; comes back with its id and an empty disk, is added and promoted.
+    Replace(Target),
 }
 
 impl Fault {
-    const WITHOUT_NETWORK: [fn(Target) -> Self; 5] = [Self::Kill, Self::Kill, Self::Pause, Self::Pause, Self::Stop];
-    const WITH_NETWORK: [fn(Target) -> Self; 9] = [
+    const WITHOUT_NETWORK: [fn(Target) -> Self; 8] = [
+        Self::Kill,
+        Self::Kill,
+        Self::Pause,
+        Self::Pause,
+        Self::Stop,
+        Self::Transfer,
+        Self::Demote,
+        Self::Replace,
+    ];
+    const WITH_NETWORK: [fn(Target) -> Self; 12] = [
         Self::Kill,
         Self::Kill,
         Self::Pause,
@@ -55,6 +74,9 @@ impl Fault {
         Self::IsolateFromAll,
         Self::DeafPeer,
         Self::SeverPair,
+        Self::Transfer,
+        Self::Demote,
+        Self::Replace,
     ];
 
     /// The name without the target, to count by.
@@ -69,6 +91,9 @@ impl Fault {
             Self::IsolateFromAll(_) => "isolate from all",
             Self::DeafPeer(_) => "one-way cut",
             Self::SeverPair(_) => "cut pair",
+            Self::Transfer(_) => "transfer",
+            Self::Demote(_) => "demote",
+            Self::Replace(_) => "replace",
         }
     }
 
@@ -81,7 +106,10 @@ impl Fault {
             | Self::IsolateFromPeers(target)
             | Self::IsolateFromAll(target)
             | Self::DeafPeer(target)
-            | Self::SeverPair(target) => target,
+            | Self::SeverPair(target)
+            | Self::Transfer(target)
+            | Self::Demote(target)
+            | Self::Replace(target) => target,
         }
     }
 }
@@ -119,7 +147,13 @@ impl Schedule {
     #[must_use]
     pub fn new(seed: u64, nodes: u32, network: bool) -> Self {
         let mut rng = Rng::with_seed(seed);
-        let mut opening = vec![Fault::Kill(Target::Leader), Fault::Pause(Target::Leader), Fault::KillAll];
+        let mut opening = vec![
+            Fault::Kill(Target::Leader),
+            Fault::Pause(Target::Leader),
+            Fault::KillAll,
+            Fault::Demote(Target::Leader),
+            Fault::Replace(Target::Leader),
+        ];
         if network {
             opening.push(Fault::IsolateFromPeers(Target::Leader));
         }
@@ -203,6 +237,45 @@ async fn inflict(cluster: &mut Cluster, fault: Fault, victim: u32, lasting: Dura
             wait::pass(lasting).await;
             cluster.node_mut(victim).process().resume();
         }
+        Fault::Transfer(_) => {
+            // There may be no leader at the moment.
+            let _ = operator(cluster).transfer_leadership().timeout(lasting).await;
+        }
+        Fault::Demote(_) => {
+            let client = operator(cluster);
+            let demoting = tokio::spawn(client.demote_member(NodeId(victim)).timeout(lasting).into_future());
+            wait::pass(lasting / 8).await;
+            let leader = cluster.leader_now(&[]).await.unwrap_or(other);
+            cluster.node_mut(leader).kill();
+            cluster.node_mut(leader).start();
+            // It may be interrupted at any point.
+            let _ = demoting.await;
+            wait::until("the voter to be one again", wait::PATIENCE, || async {
+                client.promote_member(NodeId(victim)).await.ok()
+            })
+            .await;
+        }
+        Fault::Replace(_) => {
+            let client = operator(cluster);
+            wait::until("the member to be removed", wait::PATIENCE, || async {
+                let _ = client.remove_member(NodeId(victim)).await;
+                client.members().await.ok()?.members.iter().all(|member| member.id.get() != victim).then_some(())
+            })
+            .await;
+            let node = cluster.node_mut(victim);
+            let (well, output) = node.exit().await;
+            assert!(!well && output.contains("was removed from the cluster"), "it stopped for another reason:\n{output}");
+            wait::pass(lasting).await;
+            node.lose_data();
+            node.start();
+            let address = node.address.to_string();
+            wait::until("the member to vote again", wait::PATIENCE, || async {
+                let members = client.add_member(&address).await.ok()?.members;
+                let is_voter = |member: &Member| member.id.get() == victim && member.role == MemberRole::Voter;
+                members.iter().any(is_voter).then_some(())
+            })
+            .await;
+        }
         Fault::IsolateFromPeers(_) | Fault::IsolateFromAll(_) | Fault::DeafPeer(_) | Fault::SeverPair(_) => {
             let network = cluster.network().expect("link faults are only scheduled with a network");
             let (one, two) = (End::Node(victim), End::Node(other));
@@ -216,6 +289,11 @@ async fn inflict(cluster: &mut Cluster, fault: Fault, victim: u32, lasting: Dura
             network.heal();
         }
     }
+}
+
+/// A client for what operators do.
+fn operator(cluster: &Cluster) -> Client {
+    Client::builder().endpoints(cluster.addresses()).call_timeout(OPERATOR_TIMEOUT).build().expect("valid endpoints")
 }
 
 #[cfg(test)]
@@ -235,7 +313,7 @@ mod tests {
     #[test]
     fn a_long_schedule_has_every_fault() {
         let names: std::collections::BTreeSet<_> = kinds(7, true, 500).iter().map(|step| step.fault.name()).collect();
-        assert_eq!(names.len(), 8, "{names:?}");
+        assert_eq!(names.len(), 11, "{names:?}");
     }
 
     #[test]
@@ -247,8 +325,8 @@ mod tests {
     #[test]
     fn a_short_schedule_has_the_faults_that_matter_most() {
         for seed in 0..20 {
-            let names: Vec<_> = kinds(seed, true, 4).iter().map(|step| step.fault.name()).collect();
-            for name in ["kill", "pause", "kill all", "isolate from peers"] {
+            let names: Vec<_> = kinds(seed, true, 6).iter().map(|step| step.fault.name()).collect();
+            for name in ["kill", "pause", "kill all", "isolate from peers", "demote", "replace"] {
                 assert!(names.contains(&name), "seed {seed}: {names:?}");
             }
         }
