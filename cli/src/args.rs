@@ -52,8 +52,8 @@ pub(crate) enum Command {
     Compact(CompactArgs),
     /// Shows the state of every member
     Status,
-    /// Shows who belongs to the cluster
-    #[command(subcommand)]
+    /// Shows and changes who belongs to the cluster, and who leads it
+    #[command(subcommand, after_help = EXIT_CODES)]
     Member(MemberCommand),
     /// Prints a completion script for a shell
     Completion {
@@ -240,6 +240,9 @@ mod tests {
             "d-engine elect e v --observe",
             "d-engine compact",
             "d-engine compact 3 --older-than 1h",
+            "d-engine member remove 0",
+            "d-engine member add",
+            "d-engine member transfer 0",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -86,6 +86,8 @@ pub struct Member {
     pub client_address: String,
     /// Free address of the application that embeds it; may be empty.
     pub application_address: String,
+    /// A learner that the leader makes a voter once it has caught up.
+    pub promotable: bool,
 }
 
 impl From<v1::Member> for Member {
@@ -101,6 +103,7 @@ impl From<v1::Member> for Member {
             peer_address: member.peer_address,
             client_address: member.client_address,
             application_address: member.application_address,
+            promotable: member.promotable,
         }
     }
 }

@@ -55,6 +55,7 @@ mod lease;
 mod lock;
 mod lock_queue;
 mod maintenance;
+mod membership;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod namespace;
@@ -96,6 +97,7 @@ pub use lease::{
 };
 pub use lock::{Lock, LockGuard};
 pub use maintenance::{Compact, CompactResponse};
+pub use membership::{ChangeMember, ChangeMemberResponse, TransferLeadership, TransferLeadershipResponse};
 #[cfg(feature = "metrics")]
 pub use metrics::ClientMetrics;
 pub use observe::{Attempt, Call, End, Notice, Observer, TraceContext};

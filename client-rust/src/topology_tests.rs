@@ -11,6 +11,7 @@ fn leader(id: u32, term: u64) -> Leader {
         term: Term(term),
         client_address: format!("n{id}:9081"),
         application_address: String::new(),
+        promotable: false,
     }
 }
 

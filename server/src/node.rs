@@ -347,7 +347,7 @@ fn open(root: &Path, engine: LogEngine, parts: Parts) -> Result<(Arc<dyn Storage
         Ok(()) => Ok(directory),
         Err(error) => Err(StorageError::Io { action: "create", path: directory, message: error.to_string() }),
     };
-    let log = match parts.storage {
+    let log: Arc<dyn StorageEngine> = match parts.storage {
         Some(storage) => storage.0,
         None => {
             let directory = create(root.join(LOG_DIRECTORY))?;

@@ -370,6 +370,47 @@ impl Node {
         std::fs::write(self.config(), text.join("\n")).expect("the configuration can be written");
     }
 
+    /// Has it ask to join a cluster that is there, from its next start on.
+    ///
+    /// # Panics
+    /// When its configuration cannot be changed.
+    pub fn joins(&self) {
+        let text = std::fs::read_to_string(self.config()).expect("it has a configuration");
+        let own = format!("{{ id = {}, address = \"{}\" }}", self.id, self.address);
+        let joining = format!("{{ id = {}, address = \"{}\", status = \"joining\" }}", self.id, self.address);
+        assert!(text.contains(&own), "node {} is in its own list", self.id);
+        std::fs::write(self.config(), text.replace(&own, &joining)).expect("the configuration can be written");
+    }
+
+    /// Moves it to ports that are this much higher, from its next start on. The other nodes are not told.
+    ///
+    /// # Panics
+    /// When its configuration cannot be changed.
+    pub fn move_by(&mut self, ports: u16) {
+        let text = std::fs::read_to_string(self.config()).expect("it has a configuration");
+        let mut text = text;
+        for address in [&mut self.address, &mut self.http_address] {
+            let before = format!("\"{address}\"");
+            address.set_port(address.port() + ports);
+            text = text.replace(&before, &format!("\"{address}\""));
+        }
+        std::fs::write(self.config(), text).expect("the configuration can be written");
+    }
+
+    /// Deletes its data, as when a disk is lost.
+    ///
+    /// # Panics
+    /// When it runs, or its data cannot be deleted.
+    pub fn lose_data(&self) {
+        assert!(!self.runs(), "node {} runs", self.id);
+        // One by one: a disk of its own is mounted there.
+        for entry in std::fs::read_dir(self.data()).expect("it has data") {
+            let path = entry.expect("its data can be listed").path();
+            let deleted = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            deleted.expect("its data can be deleted");
+        }
+    }
+
     /// Gives it an environment variable from its next start on.
     pub fn set_environment(&mut self, name: &str, value: impl Into<OsString>) {
         self.environment.push((name.to_owned(), value.into()));

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use d_engine_client::{Client, Member, MemberRole, NodeId};
 use fastrand::Rng;
 
 use crate::cluster::Cluster;
@@ -13,6 +14,9 @@ use crate::disk::Disk;
 use crate::network::End;
 use crate::timeline::Event;
 use crate::wait;
+
+/// Budget of a call that changes the membership.
+const OPERATOR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whom a fault hits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +52,12 @@ pub enum Fault {
     SlowDisk(Target),
     /// The wall clock jumps by up to a day, to either side, and stays there.
     StepClock(Target),
+    /// Leadership is handed over.
+    Transfer(Target),
+    /// Loses its vote, and later gets it back. The node that leads is killed in the middle of it.
+    Demote(Target),
+    /// Removed for good; comes back with its id and an empty disk, is added and promoted.
+    Replace(Target),
 }
 
 /// What an adversary can lay hands on.
@@ -64,7 +74,16 @@ pub struct Reach {
 impl Fault {
     /// What can be done within `reach`; more often what matters more.
     fn kinds(reach: Reach) -> Vec<fn(Target) -> Self> {
-        let mut kinds: Vec<fn(Target) -> Self> = vec![Self::Kill, Self::Kill, Self::Pause, Self::Pause, Self::Stop];
+        let mut kinds: Vec<fn(Target) -> Self> = vec![
+            Self::Kill,
+            Self::Kill,
+            Self::Pause,
+            Self::Pause,
+            Self::Stop,
+            Self::Transfer,
+            Self::Demote,
+            Self::Replace,
+        ];
         if reach.network {
             let links: [fn(Target) -> Self; 4] =
                 [Self::IsolateFromPeers, Self::IsolateFromAll, Self::DeafPeer, Self::SeverPair];
@@ -95,6 +114,9 @@ impl Fault {
             Self::FillDisk(_) => "full disk",
             Self::SlowDisk(_) => "slow disk",
             Self::StepClock(_) => "clock step",
+            Self::Transfer(_) => "transfer",
+            Self::Demote(_) => "demote",
+            Self::Replace(_) => "replace",
         }
     }
 
@@ -110,7 +132,10 @@ impl Fault {
             | Self::SeverPair(target)
             | Self::FillDisk(target)
             | Self::SlowDisk(target)
-            | Self::StepClock(target) => target,
+            | Self::StepClock(target)
+            | Self::Transfer(target)
+            | Self::Demote(target)
+            | Self::Replace(target) => target,
         }
     }
 }
@@ -148,7 +173,13 @@ impl Schedule {
     #[must_use]
     pub fn new(seed: u64, nodes: u32, reach: Reach) -> Self {
         let mut rng = Rng::with_seed(seed);
-        let mut opening = vec![Fault::Kill(Target::Leader), Fault::Pause(Target::Leader), Fault::KillAll];
+        let mut opening = vec![
+            Fault::Kill(Target::Leader),
+            Fault::Pause(Target::Leader),
+            Fault::KillAll,
+            Fault::Demote(Target::Leader),
+            Fault::Replace(Target::Leader),
+        ];
         if reach.network {
             opening.push(Fault::IsolateFromPeers(Target::Leader));
         }
@@ -234,6 +265,48 @@ async fn inflict(cluster: &mut Cluster, fault: Fault, victim: u32, lasting: Dura
             wait::pass(lasting).await;
             cluster.node_mut(victim).process().resume();
         }
+        Fault::Transfer(_) => {
+            // There may be no leader at the moment.
+            let _ = operator(cluster).transfer_leadership().timeout(lasting).await;
+        }
+        Fault::Demote(_) => {
+            let client = operator(cluster);
+            let demoting = tokio::spawn(client.demote_member(NodeId(victim)).timeout(lasting).into_future());
+            wait::pass(lasting / 8).await;
+            let leader = cluster.leader_now(&[]).await.unwrap_or(other);
+            cluster.node_mut(leader).kill();
+            cluster.node_mut(leader).start();
+            // It may be interrupted at any point.
+            let _ = demoting.await;
+            wait::until("the voter to be one again", wait::PATIENCE, || async {
+                client.promote_member(NodeId(victim)).await.ok()
+            })
+            .await;
+        }
+        Fault::Replace(_) => {
+            let client = operator(cluster);
+            wait::until("the member to be removed", wait::PATIENCE, || async {
+                let _ = client.remove_member(NodeId(victim)).await;
+                client.members().await.ok()?.members.iter().all(|member| member.id.get() != victim).then_some(())
+            })
+            .await;
+            let node = cluster.node_mut(victim);
+            let (well, output) = node.exit().await;
+            assert!(
+                !well && output.contains("was removed from the cluster"),
+                "it stopped for another reason:\n{output}"
+            );
+            wait::pass(lasting).await;
+            node.lose_data();
+            node.start();
+            let address = node.address.to_string();
+            wait::until("the member to vote again", wait::PATIENCE, || async {
+                let members = client.add_member(&address).await.ok()?.members;
+                let is_voter = |member: &Member| member.id.get() == victim && member.role == MemberRole::Voter;
+                members.iter().any(is_voter).then_some(())
+            })
+            .await;
+        }
         Fault::IsolateFromPeers(_) | Fault::IsolateFromAll(_) | Fault::DeafPeer(_) | Fault::SeverPair(_) => {
             let network = cluster.network().expect("link faults are only scheduled with a network");
             let (one, two) = (End::Node(victim), End::Node(other));
@@ -275,6 +348,11 @@ fn disk(cluster: &mut Cluster, id: u32) -> &mut Disk {
     cluster.disk_mut(id).expect("only scheduled with disks")
 }
 
+/// A client for what operators do.
+fn operator(cluster: &Cluster) -> Client {
+    Client::builder().endpoints(cluster.addresses()).call_timeout(OPERATOR_TIMEOUT).build().expect("valid endpoints")
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -297,20 +375,20 @@ mod tests {
     #[test]
     fn a_long_schedule_has_every_fault() {
         let names: BTreeSet<_> = names(7, EVERYTHING, 500).into_iter().collect();
-        assert_eq!(names.len(), 11, "{names:?}");
+        assert_eq!(names.len(), 14, "{names:?}");
     }
 
     #[test]
     fn what_is_out_of_reach_is_left_alone() {
         let names: BTreeSet<_> = names(7, Reach::default(), 500).into_iter().collect();
-        assert_eq!(names, BTreeSet::from(["kill", "kill all", "pause", "stop"]));
+        assert_eq!(names, BTreeSet::from(["demote", "kill", "kill all", "pause", "replace", "stop", "transfer"]));
     }
 
     #[test]
     fn a_short_schedule_has_the_faults_that_matter_most() {
         for seed in 0..20 {
-            let names = names(seed, EVERYTHING, 4);
-            for name in ["kill", "pause", "kill all", "isolate from peers"] {
+            let names = names(seed, EVERYTHING, 6);
+            for name in ["kill", "pause", "kill all", "isolate from peers", "demote", "replace"] {
                 assert!(names.contains(&name), "seed {seed}: {names:?}");
             }
         }

@@ -767,4 +767,18 @@ impl Cluster for Service {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         Err(Status::unimplemented(""))
     }
+
+    async fn change_member(
+        &self,
+        _: Request<v1::ChangeMemberRequest>,
+    ) -> Result<Response<v1::ChangeMemberResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn transfer_leadership(
+        &self,
+        _: Request<v1::TransferLeadershipRequest>,
+    ) -> Result<Response<v1::TransferLeadershipResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
 }

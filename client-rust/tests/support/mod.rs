@@ -190,6 +190,7 @@ pub(crate) fn introduce(nodes: &[FakeNode]) {
         peer_address: node.address.clone(),
         client_address: node.address.clone(),
         application_address: String::new(),
+        promotable: false,
     };
     let members: Vec<_> = nodes.iter().map(member).collect();
     for node in nodes {
@@ -452,5 +453,19 @@ impl Cluster for Service {
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let script = self.0.lock();
         Ok(Response::new(v1::StatusResponse { header: Some(script.header), ..v1::StatusResponse::default() }))
+    }
+
+    async fn change_member(
+        &self,
+        _: Request<v1::ChangeMemberRequest>,
+    ) -> Result<Response<v1::ChangeMemberResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn transfer_leadership(
+        &self,
+        _: Request<v1::TransferLeadershipRequest>,
+    ) -> Result<Response<v1::TransferLeadershipResponse>, Status> {
+        Err(Status::unimplemented(""))
     }
 }

@@ -3233,6 +3233,9 @@ pub struct HelloResponse {
     pub leader_id: u32,
     #[prost(string, tag = "12")]
     pub leader_address: ::prost::alloc::string::String,
+    /// Whether the answering node's own log says that it is a member, or was one.
+    #[prost(bool, tag = "13")]
+    pub was_added: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LogId {

@@ -32,11 +32,8 @@ fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: 
 }
 
 fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
-    let joining = config.cluster.initial_cluster.iter().any(|member| member.status == MemberStatus::Joining);
-    let features: [(bool, &'static str, &'static str, &'static str); 2] = [
-        (config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out"),
-        (joining, "cluster.initial_cluster", "status \"joining\"", "list the founding members only, as \"active\""),
-    ];
+    let features: [(bool, &'static str, &'static str, &'static str); 1] =
+        [(config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out")];
     match features.into_iter().find(|(wanted, ..)| *wanted) {
         Some((_, key, value, remedy)) => {
             Err(ConfigError::Unsupported { place: config.place_of(key), key, value, remedy })
@@ -139,9 +136,10 @@ fn members(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
         let remedy = format!("add it, or set cluster.node_id to one of {}", ids.join(", "));
         return Err(invalid(config, KEY, problem, remedy));
     }
-    if !members.iter().any(|member| member.role == MemberRole::Voter) {
-        let remedy = "make at least one of them a voter, better three";
-        return Err(invalid(config, KEY, "no member votes, so nobody could lead".into(), remedy));
+    if !members.iter().any(|member| member.role == MemberRole::Voter && member.status == MemberStatus::Active) {
+        let remedy =
+            "make at least one of them an active voter, better three; a node that joins lists one that is there";
+        return Err(invalid(config, KEY, "no active member votes, so nobody could lead".into(), remedy));
     }
     config.cluster.initial_cluster = members;
     Ok(())

@@ -222,6 +222,7 @@ mod tests {
             client_address: "c:1".into(),
             application_address: "app".into(),
             incarnation: 7,
+            promotable: false,
         };
         let other = Member { peer_address: "b:2".into(), incarnation: 0x0123_4567_89ab_cdef, ..Member::default() };
         let members = std::collections::BTreeMap::from([(1, full), (2, other)]);

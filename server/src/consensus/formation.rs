@@ -130,6 +130,7 @@ pub(super) struct Formation {
 type Hellos = BTreeMap<u32, v1::HelloResponse>;
 
 /// What this node's own membership says, committed or not.
+#[derive(Default)]
 struct Standing {
     members: BTreeMap<u32, Member>,
     position: Option<LogId>,
@@ -155,6 +156,10 @@ impl Formation {
             known_incarnation: effective.membership().get_node(&route.from).map_or(0, |member| member.incarnation),
             membership: committed.log_id().as_ref().map(log_id_out),
             is_member: committed.membership().get_node(&route.from).is_some_and(of_sender),
+            was_added: effective
+                .membership()
+                .get_node(&self.local.node_id)
+                .is_some_and(|member| member.incarnation == self.local.incarnation),
             leader_id: leader.map_or(0, |(id, _)| id),
             leader_address: leader.map_or_else(String::new, |(_, member)| member.peer_address.clone()),
         }
@@ -237,7 +242,7 @@ impl Formation {
 
     /// Waits until the leader is silent. Returns false once the node has stopped.
     async fn until_in_doubt(&self, raft: &Raft, leadership: &Leadership) -> bool {
-        let patience = 2 * self.timings.election_max;
+        let patience = self.timings.silence();
         loop {
             tokio::time::sleep(patience).await;
             if raft.metrics().borrow_watched().running_state.is_err() {
@@ -428,12 +433,13 @@ mod tests {
     /// What a newer version adds to its hello, this one ignores; what it says of its version, it does not.
     #[test]
     fn an_older_or_newer_peer_is_refused_by_its_version() {
-        let member = |id| v1::InitialMember { id, address: format!("n{id}:9081"), learner: false };
+        let member = |id| v1::InitialMember { id, address: format!("n{id}:9081"), learner: false, joining: false };
         let formation = Formation {
             local: Arc::new(LocalIdentity::new(1, 11, None)),
             initial_cluster: vec![member(1), member(2)],
             client_address: String::new(),
             application_address: String::new(),
+            timings: crate::consensus::tests::TIMINGS,
         };
         let hello = |protocol_version| v1::HelloResponse {
             protocol_version,
@@ -442,9 +448,10 @@ mod tests {
             initial_cluster: formation.initial_cluster.clone(),
             ..Default::default()
         };
-        formation.check(2, &hello(PEER_PROTOCOL_VERSION)).unwrap();
+        let check = |hello: &v1::HelloResponse| formation.check(2, "n2:9081", hello, &Standing::default());
+        check(&hello(PEER_PROTOCOL_VERSION)).unwrap();
         for theirs in [PEER_PROTOCOL_VERSION - 1, PEER_PROTOCOL_VERSION + 1] {
-            let refused = formation.check(2, &hello(theirs)).unwrap_err();
+            let refused = check(&hello(theirs)).unwrap_err();
             assert_eq!(refused, MembershipRefused::OtherProtocol { peer: 2, address: "n2:9081".into(), theirs });
             let message = refused.to_string();
             let versions = format!("speaks peer protocol {theirs}, this node {PEER_PROTOCOL_VERSION}");

@@ -45,6 +45,13 @@ pub struct Timings {
     pub heartbeat: Duration,
 }
 
+impl Timings {
+    /// After this time without a word a member counts as dead, until it is heard again.
+    pub(super) fn silence(self) -> Duration {
+        2 * self.election_max
+    }
+}
+
 /// What a Raft node needs to know to start.
 #[derive(Clone, Debug)]
 pub struct ConsensusConfig {

@@ -141,7 +141,7 @@ pub enum ChangeError {
     },
 }
 
-fn lag(behind: Option<u64>) -> String {
+pub(super) fn lag(behind: Option<u64>) -> String {
     behind.map_or_else(|| "does not answer".to_owned(), |behind| format!("is {behind} log entries behind"))
 }
 
@@ -309,7 +309,7 @@ impl Steward {
                 Some((change, force, answer)) = asked.recv(), if idle => {
                     let steward = self.clone();
                     under_way = Some(tokio::spawn(async move {
-                        let changed = steward.make(change, force).await;
+                        let changed = steward.make_patiently(&change, force).await;
                         // Whoever asked may have given up.
                         let _ = answer.send(changed);
                         true
@@ -362,6 +362,9 @@ impl Steward {
         }
         if moved {
             self.peers.found(news.id, news.incarnation, &news.addresses.peer);
+        } else if hello.was_added {
+            // It was removed, and runs on for a moment: it is not let in again by itself.
+            return None;
         } else if let Err(unfit) = self.check_fitness(&news.addresses.peer, &hello) {
             tracing::warn!(node = news.id, %unfit, "a node that asks to join is turned away");
             return None;
@@ -384,7 +387,7 @@ impl Steward {
         let metrics = metrics.borrow_watched();
         let (replication, heard) = (metrics.replication.as_ref()?, metrics.heartbeat.as_ref()?);
         let now = Moment::now();
-        let patience = 2 * self.transfer.timings.election_max;
+        let patience = self.transfer.timings.silence();
         let last = metrics.last_log_index.unwrap_or(0);
         let members: BTreeMap<u32, Member> = effective.nodes().map(|(id, member)| (*id, member.clone())).collect();
         let live = members.keys().filter_map(|id| {
@@ -468,6 +471,20 @@ impl Steward {
             Duty::Promote(id) => self.promote(&view, id, false).await,
         };
         done.inspect_err(|error| tracing::warn!(%error, "the membership could not be kept up")).is_ok()
+    }
+
+    /// As [`make`](Self::make), but gives members the time to be heard: a leader that was just elected knows of none.
+    async fn make_patiently(&self, change: &MemberChange, force: bool) -> Result<(), ChangeError> {
+        let timings = self.transfer.timings;
+        let until = Moment::now() + timings.silence();
+        loop {
+            match self.make(change.clone(), force).await {
+                Err(ChangeError::QuorumAtRisk { .. } | ChangeError::NotCaughtUp { behind: None, .. })
+                    if Moment::now() < until => {}
+                made => return made,
+            }
+            tokio::time::sleep(timings.heartbeat).await;
+        }
     }
 
     /// Makes a change that was asked for.

@@ -2,6 +2,7 @@
 //! that is a list. Whatever needs processes that die is tested on the real binary.
 
 mod groups;
+mod members;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use crate::storage::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const TIMINGS: Timings = Timings {
+pub(super) const TIMINGS: Timings = Timings {
     lease: Duration::from_millis(250),
     election_min: Duration::from_millis(250),
     election_max: Duration::from_millis(375),
@@ -79,6 +80,7 @@ impl StateMachine for List {
 
 struct Node {
     consensus: Consensus,
+    address: String,
     list: Arc<List>,
     serving: oneshot::Sender<()>,
 }
@@ -91,6 +93,7 @@ impl Node {
         listener: tokio::net::TcpListener,
     ) -> Self {
         let list = Arc::new(List::default());
+        let address = listener.local_addr().unwrap().to_string();
         let config = ConsensusConfig {
             node_id: NodeId(id),
             initial_cluster: members.to_vec(),
@@ -111,7 +114,7 @@ impl Node {
             },
         );
         tokio::spawn(serve);
-        Self { consensus, list, serving }
+        Self { consensus, address, list, serving }
     }
 
     async fn stop(self) {
@@ -122,6 +125,8 @@ impl Node {
 
 struct Cluster {
     nodes: Vec<Node>,
+    /// Of the nodes as they were started, by ascending id.
+    engines: Vec<Arc<MemoryStorageEngine>>,
 }
 
 impl Cluster {
@@ -146,10 +151,11 @@ impl Cluster {
             })
             .collect();
         let mut nodes = Vec::new();
-        for (listener, id) in listeners.into_iter().zip(1..) {
-            nodes.push(Node::start(id, &members, Arc::new(MemoryStorageEngine::default()), listener).await);
+        let engines: Vec<Arc<MemoryStorageEngine>> = members.iter().map(|_| Arc::default()).collect();
+        for ((listener, id), engine) in listeners.into_iter().zip(1..).zip(&engines) {
+            nodes.push(Node::start(id, &members, engine.clone(), listener).await);
         }
-        Self { nodes }
+        Self { nodes, engines }
     }
 
     async fn leader(&self) -> &Node {

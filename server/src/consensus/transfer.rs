@@ -14,6 +14,7 @@ use openraft::async_runtime::watch::WatchReceiver;
 use super::handle::Timings;
 use super::leadership::{LeaderInfo, Leadership};
 use super::raft_types::Raft;
+use super::steward::lag;
 use crate::clock::Moment;
 use crate::limits::LEARNER_LAG_ENTRIES_MAX;
 
@@ -33,12 +34,12 @@ pub enum TransferError {
     #[error("no other voter answers and has caught up, so nobody can take over: start the members that are down")]
     Nobody,
     /// The successor asked for does not answer, or lags.
-    #[error("node {id} does not answer, or is {behind} log entries behind, so it cannot take over now")]
+    #[error("node {id} cannot take over now: it {}", lag(*behind))]
     NotReady {
         /// The node.
         id: NodeId,
-        /// Log entries it lacks.
-        behind: u64,
+        /// Log entries it lacks; `None`: it does not answer.
+        behind: Option<u64>,
     },
     /// The successor did not come to lead in time; the leader goes on trying.
     #[error("node {to} did not take over within {}ms; the leader goes on looking for a successor", patience.as_millis())]
@@ -62,6 +63,20 @@ struct Voters {
     ready: Vec<(u64, u32)>,
 }
 
+impl Voters {
+    fn choose(&self, me: u32, to: Option<u32>) -> Result<u32, TransferError> {
+        let Some(to) = to else { return self.ready.iter().min().map(|(_, id)| *id).ok_or(TransferError::Nobody) };
+        if !self.ids.contains(&to) {
+            return Err(TransferError::NoVoter { id: NodeId(to) });
+        }
+        let behind = self.ready.iter().find(|(_, id)| *id == to).map(|(behind, _)| *behind);
+        if to == me || behind.is_some_and(|behind| behind <= LEARNER_LAG_ENTRIES_MAX) {
+            return Ok(to);
+        }
+        Err(TransferError::NotReady { id: NodeId(to), behind })
+    }
+}
+
 /// Everything a transfer needs.
 #[derive(Clone)]
 pub(super) struct Transfer {
@@ -74,25 +89,24 @@ impl Transfer {
     /// Hands over to `to`, or to the most up-to-date voter, and waits until it is known to reign. The time is bounded.
     pub(super) async fn run(&self, to: Option<u32>) -> Result<LeaderInfo, TransferError> {
         let me = *self.raft.node_id();
-        let voters = self.voters().ok_or(TransferError::NotLeader)?;
-        let successor = match to {
-            Some(to) if !voters.ids.contains(&to) => return Err(TransferError::NoVoter { id: NodeId(to) }),
-            Some(to) if to == me => return Ok(LeaderInfo { leader_id: me, term: voters.term }),
-            Some(to) => {
-                let behind = voters.ready.iter().find(|(_, id)| *id == to).map_or(u64::MAX, |(behind, _)| *behind);
-                if behind > LEARNER_LAG_ENTRIES_MAX {
-                    return Err(TransferError::NotReady { id: NodeId(to), behind });
-                }
-                to
+        // One that was just elected has heard of nobody yet.
+        let until = Moment::now() + self.timings.silence();
+        let (term, successor) = loop {
+            let voters = self.voters().ok_or(TransferError::NotLeader)?;
+            match voters.choose(me, to) {
+                Ok(successor) if successor == me => return Ok(LeaderInfo { leader_id: me, term: voters.term }),
+                Ok(successor) => break (voters.term, successor),
+                Err(TransferError::NoVoter { id }) => return Err(TransferError::NoVoter { id }),
+                Err(error) if Moment::now() >= until || voters.ids.len() < 2 => return Err(error),
+                Err(_) => tokio::time::sleep(self.timings.heartbeat).await,
             }
-            None => voters.ready.iter().min().map(|(_, id)| *id).ok_or(TransferError::Nobody)?,
         };
         tracing::info!(successor, "handing over leadership");
-        let _no_lease_meanwhile = self.leadership.renounce(voters.term);
+        let _no_lease_meanwhile = self.leadership.renounce(term);
         let mut leaders = self.leadership.subscribe();
         self.raft.trigger().transfer_leader(successor).await.map_err(|_| TransferError::Stopped)?;
         let patience = self.patience();
-        let taken = leaders.wait_for(|info| info.is_some_and(|info| info.term > voters.term));
+        let taken = leaders.wait_for(|info| info.is_some_and(|info| info.term > term));
         match tokio::time::timeout(patience, taken).await {
             Ok(Ok(info)) => (*info).ok_or(TransferError::Stopped),
             Ok(Err(_)) => Err(TransferError::Stopped),
@@ -115,7 +129,7 @@ impl Transfer {
         let last = metrics.last_log_index.unwrap_or(0);
         let answers = |id: &u32| {
             let heard = heard.get(id).copied().flatten();
-            heard.is_some_and(|heard| now.since(heard.into_inner().0) < 2 * self.timings.election_max)
+            heard.is_some_and(|heard| now.since(heard.into_inner().0) < self.timings.silence())
         };
         let behind = |id: &u32| {
             let matched = replication.get(id).and_then(|matched| matched.as_ref().map(|matched| matched.index()));

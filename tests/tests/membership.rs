@@ -1,0 +1,261 @@
+//! Who belongs to the cluster, on real processes: grown and shrunk by the command line under load, members that move, that
+//! lose their disk, that see only some of the others, and clusters of two.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use d_engine_client::{Client, Member, MemberRole, NodeId};
+use d_engine_tests::cluster::{Cluster, Shape};
+use d_engine_tests::network::{self, End, PrivateNetwork};
+use d_engine_tests::process::d_engine;
+use d_engine_tests::wait;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+fn client(cluster: &Cluster, nodes: usize) -> Client {
+    let endpoints = &cluster.addresses()[..nodes];
+    Client::builder().endpoints(endpoints).call_timeout(wait::PATIENCE).build().unwrap()
+}
+
+/// Puts and reads all the time; no call may fail.
+struct Load {
+    stop: watch::Sender<bool>,
+    callers: Vec<JoinHandle<(u64, Duration)>>,
+}
+
+impl Load {
+    fn start(client: &Client) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let caller = |number: usize| {
+            let (client, stopped, key) = (client.clone(), stopped.clone(), format!("load/{number}"));
+            tokio::spawn(async move {
+                let (mut done, mut longest) = (0_u64, Duration::ZERO);
+                while !*stopped.borrow() {
+                    let started = Instant::now();
+                    let value = done.to_string();
+                    client.put(&key, &value).await.unwrap_or_else(|error| panic!("put {done} of {key}: {error}"));
+                    let read = client.get(&key).await.unwrap_or_else(|error| panic!("get {done} of {key}: {error}"));
+                    assert_eq!(read.into_value().as_deref(), Some(value.as_bytes()), "{key}");
+                    longest = longest.max(started.elapsed());
+                    done += 1;
+                    tokio::task::yield_now().await;
+                }
+                (done, longest)
+            })
+        };
+        Self { stop, callers: (0..8).map(caller).collect() }
+    }
+
+    async fn finish(self, what: &str) {
+        self.stop.send_replace(true);
+        let (mut calls, mut longest) = (0, Duration::ZERO);
+        for caller in self.callers {
+            let (done, slowest) = caller.await.unwrap();
+            calls += 2 * done;
+            longest = longest.max(slowest);
+        }
+        println!("{what}: {calls} calls, none failed, the slowest pair took {longest:?}");
+        assert!(calls > 100, "too little happened to show anything");
+    }
+}
+
+/// Runs `d-engine member ...` and answers its output.
+async fn member(cluster: &Cluster, arguments: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(d_engine());
+    let endpoints = cluster.addresses().join(",");
+    command.args(["--endpoints", &endpoints, "--timeout", "20s", "member"]).args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+async fn voters(client: &Client) -> Vec<u32> {
+    let members = client.members().await.unwrap().members;
+    members.iter().filter(|member| member.role == MemberRole::Voter).map(|member| member.id.get()).collect()
+}
+
+async fn until_voters(client: &Client, wanted: &[u32]) {
+    wait::until("these voters", wait::PATIENCE, || async { (voters(client).await == wanted).then_some(()) }).await;
+}
+
+/// Cluster of five of which the first `founders` found it; the others are to join.
+async fn prepared(founders: u32) -> Cluster {
+    let mut cluster = Cluster::prepare(Shape { nodes: 5, ..Shape::default() }).await;
+    let members: Vec<_> = cluster.nodes().iter().map(|node| (node.id, node.address)).collect();
+    for id in 1..=5 {
+        let known = members.iter().filter(|(other, _)| *other <= founders || *other == id);
+        cluster.node(id).write_config(&known.copied().collect::<Vec<_>>(), "");
+    }
+    for id in 1..=founders {
+        cluster.node_mut(id).start();
+    }
+    for id in 1..=founders {
+        cluster.node_mut(id).ready().await;
+    }
+    cluster
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_becomes_five_and_three_under_load_without_a_failed_call() {
+    let mut cluster = prepared(1).await;
+    let client = client(&cluster, 1);
+    let load = Load::start(&client);
+    // Two ask to join, two are added by hand.
+    for id in 2..=5 {
+        if id < 4 {
+            cluster.node(id).joins();
+        }
+        cluster.node_mut(id).start();
+        if id >= 4 {
+            let address = cluster.node(id).address.to_string();
+            let added = wait::until("the node to be added", wait::PATIENCE, || async {
+                member(&cluster, &["add", &address]).await.ok()
+            })
+            .await;
+            assert!(added.contains(&address), "{added}");
+        }
+        cluster.node_mut(id).ready().await;
+        until_voters(&client, &(1..=id).collect::<Vec<_>>()).await;
+    }
+    let said = member(&cluster, &["transfer", "4"]).await.unwrap();
+    assert!(said.contains("node 4 leads"), "{said}");
+    // The leader goes: it hands over first.
+    for left in [4, 3] {
+        let leader = cluster.reign().await.leader;
+        let said = member(&cluster, &["remove", &leader.to_string()]).await.unwrap();
+        assert!(said.contains("removed"), "{said}");
+        let (well, output) = cluster.node_mut(leader).exit().await;
+        assert!(!well && output.contains("was removed from the cluster"), "{output}");
+        assert_eq!(voters(&client).await.len(), left);
+    }
+    let refused = member(&cluster, &["remove", "77"]).await.unwrap_err();
+    assert!(refused.contains("no member"), "{refused}");
+    load.finish("one to five to three").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_move_are_followed_by_clients_and_peers() {
+    let mut cluster = Cluster::start(3).await;
+    let before = cluster.addresses();
+    let client = client(&cluster, 3);
+    let load = Load::start(&client);
+    for id in 1..=3 {
+        cluster.node_mut(id).stop().await;
+        cluster.node_mut(id).move_by(20);
+        cluster.node_mut(id).start();
+        cluster.node_mut(id).ready().await;
+        let address = cluster.node(id).address.to_string();
+        wait::until("the membership to say where it is", wait::PATIENCE, || async {
+            let members = client.members().await.ok()?.members;
+            let here = |member: &Member| member.id.get() == id && member.client_address == address;
+            members.iter().any(|member| here(member) && member.peer_address == address).then_some(())
+        })
+        .await;
+    }
+    assert!(cluster.addresses().iter().all(|address| !before.contains(address)), "all have moved");
+    client.put("after", "x").await.unwrap();
+    load.finish("three nodes moved").await;
+    // All at once: they find each other by what each of them is told.
+    let members: Vec<_> = (1..=3)
+        .map(|id| {
+            cluster.node_mut(id).kill();
+            cluster.node_mut(id).move_by(20);
+            (id, cluster.node(id).address)
+        })
+        .collect();
+    for id in 1..=3 {
+        cluster.node(id).write_config(&members, "");
+    }
+    cluster.start_all().await;
+    let moved = self::client(&cluster, 3);
+    assert_eq!(moved.get("after").await.unwrap().into_value().as_deref(), Some(&b"x"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_voter_that_lost_its_disk_never_votes_until_it_is_removed_and_added_again() {
+    let mut cluster = Cluster::start(3).await;
+    let client = client(&cluster, 3);
+    client.put("key", "kept").await.unwrap();
+    cluster.node_mut(2).kill();
+    cluster.node_mut(3).kill();
+    cluster.node(3).lose_data();
+    // With its vote node 1 would lead: the one that is down may know more than it.
+    cluster.node_mut(3).start();
+    let (well, output) = cluster.node_mut(3).exit().await;
+    assert!(!well && output.contains("by another data directory"), "{output}");
+    assert_eq!(cluster.leader_now(&[]).await, None, "a voter without its data has voted");
+    cluster.node_mut(2).start();
+    cluster.leader(&[]).await;
+    assert_eq!(client.get("key").await.unwrap().into_value().as_deref(), Some(&b"kept"[..]));
+    let refused = member(&cluster, &["remove", "1"]).await.unwrap_err();
+    assert!(refused.contains("would take no writes"), "{refused}");
+    member(&cluster, &["remove", "3"]).await.unwrap();
+    cluster.node_mut(3).start();
+    let address = cluster.node(3).address.to_string();
+    wait::until("the node to be added", wait::PATIENCE, || async { client.add_member(&address).await.ok() }).await;
+    until_voters(&client, &[1, 2, 3]).await;
+    cluster.node_mut(3).ready().await;
+    client.transfer_leadership().to(NodeId(3)).await.unwrap();
+    assert_eq!(client.get("key").await.unwrap().into_value().as_deref(), Some(&b"kept"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_go_on_after_either_was_away() {
+    let mut cluster = Cluster::start(2).await;
+    let client = client(&cluster, 2);
+    for round in 0..2 {
+        let leader = cluster.leader(&[]).await;
+        let away = if round == 0 { leader } else { 3 - leader };
+        let load = Load::start(&client);
+        cluster.node_mut(away).stop().await;
+        cluster.node_mut(away).start();
+        wait::until("the cluster to serve", wait::PATIENCE, || async { client.put("key", "x").await.ok() }).await;
+        load.finish("two nodes, one restarted").await;
+        cluster.start_all().await;
+    }
+}
+
+#[test]
+fn nodes_that_see_only_some_of_the_others_elect_and_make_progress() {
+    let test = "nodes_that_see_only_some_of_the_others_elect_and_make_progress";
+    network::inside(test, || async {
+        let network = Some(PrivateNetwork::lay(3));
+        let mut cluster = Cluster::prepare(Shape { network, ..Shape::default() }).await;
+        cluster.start_all().await;
+        let client = client(&cluster, 3);
+        let leader = cluster.reign().await.leader;
+        let other = leader % 3 + 1;
+        let third = other % 3 + 1;
+        // B sees both, whoever leads: the leader and a follower are cut off from each other, then the followers.
+        for pair in [[leader, other], [other, third], [third, leader]] {
+            cluster.network().unwrap().sever(End::Node(pair[0]), End::Node(pair[1]));
+            for number in 0..20 {
+                client.put("key", format!("{pair:?} {number}")).await.unwrap();
+            }
+            let read = client.get("key").await.unwrap().into_value();
+            assert_eq!(read.as_deref(), Some(format!("{pair:?} 19").as_bytes()));
+            cluster.network().unwrap().heal();
+            cluster.reign().await;
+        }
+    });
+}
+
+#[test]
+fn two_nodes_that_do_not_see_each_other_take_no_write_and_go_on_when_they_do() {
+    let test = "two_nodes_that_do_not_see_each_other_take_no_write_and_go_on_when_they_do";
+    network::inside(test, || async {
+        let network = Some(PrivateNetwork::lay(2));
+        let mut cluster = Cluster::prepare(Shape { nodes: 2, network, ..Shape::default() }).await;
+        cluster.start_all().await;
+        let client = client(&cluster, 2);
+        client.put("key", "before").await.unwrap();
+        cluster.network().unwrap().sever(End::Node(1), End::Node(2));
+        let hasty =
+            Client::builder().endpoints(cluster.addresses()).call_timeout(Duration::from_secs(2)).build().unwrap();
+        assert!(hasty.put("key", "alone").await.is_err(), "half of two is no majority");
+        cluster.network().unwrap().heal();
+        client.put("key", "healed").await.unwrap();
+        cluster.reign().await;
+    });
+}
