@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -77,7 +78,7 @@ pub struct Cluster {
     wall_clocks: Vec<WallClock>,
     // After the disks, which are mounted in it.
     directory: Option<TempDir>,
-    _turn: OwnedSemaphorePermit,
+    _turn: Arc<OwnedSemaphorePermit>,
 }
 
 impl Cluster {
@@ -90,7 +91,21 @@ impl Cluster {
 
     /// Writes the configurations; starts nothing yet.
     pub async fn prepare(shape: Shape) -> Self {
-        let turn = Arc::clone(&TURN).acquire_owned().await.expect("never closed");
+        let [cluster] = Self::prepare_together([shape]).await;
+        cluster
+    }
+
+    /// Prepares clusters that run at the same time, for a test that has them wait for the most part.
+    pub async fn prepare_together<const N: usize>(shapes: [Shape; N]) -> [Self; N] {
+        let turn = Arc::new(Arc::clone(&TURN).acquire_owned().await.expect("never closed"));
+        let mut clusters = Vec::new();
+        for shape in shapes {
+            clusters.push(Self::lay_out(shape, Arc::clone(&turn)).await);
+        }
+        clusters.try_into().expect("one of each shape")
+    }
+
+    async fn lay_out(shape: Shape, turn: Arc<OwnedSemaphorePermit>) -> Self {
         let directory = tempfile::Builder::new().prefix("d-engine-test-").tempdir().expect("a temporary directory");
         let loopback = if shape.network.is_some() { Ipv4Addr::LOCALHOST } else { free_loopback(shape.nodes) };
         let ids = 1..=shape.nodes;
@@ -518,9 +533,13 @@ fn last_lines(text: &str) -> String {
 /// A loopback address of which the ports of a cluster are free. The whole of 127.0.0.0/8 is ours on Linux, and
 /// nobody else gets a port there by chance.
 fn free_loopback(nodes: u32) -> Ipv4Addr {
-    let process = std::process::id();
+    // Those that are laid out are not bound yet.
+    static LAID_OUT: AtomicU8 = AtomicU8::new(0);
+    let (process, first) = (std::process::id(), LAID_OUT.fetch_add(1, Ordering::Relaxed));
     (0..=u8::MAX)
-        .map(|attempt| Ipv4Addr::new(127, 100 + attempt % 100, (process >> 8) as u8, (process as u8).max(1)))
+        .map(|attempt| {
+            Ipv4Addr::new(127, 100 + first.wrapping_add(attempt) % 100, (process >> 8) as u8, (process as u8).max(1))
+        })
         .find(|ip| {
             (1..=nodes as u16)
                 .all(|node| [GRPC_PORT, HTTP_PORT].iter().all(|base| TcpListener::bind((*ip, base + node)).is_ok()))

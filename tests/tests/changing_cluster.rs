@@ -243,7 +243,7 @@ async fn silence(transport: Transport) {
     let build = |timeout| transport.client().endpoints(cluster.addresses()).call_timeout(timeout).build().unwrap();
     let load = Load::start(transport, &cluster.addresses(), TIMEOUT, seed).await;
     let client = build(TIMEOUT);
-    client.put("key", "before").await.unwrap();
+    client.put("key", "before").timeout(wait::PATIENCE).await.unwrap();
     let mut watching = Vec::new();
     for _ in 0..WATCHES {
         let client = build(TIMEOUT);
@@ -263,7 +263,7 @@ async fn silence(transport: Transport) {
     let patient = build(wait::PATIENCE);
     let written = patient.put("key", "after").await.unwrap();
     assert_ne!(written.header.node_id.get(), leader);
-    client.put("key", "again").await.unwrap();
+    client.put("key", "again").timeout(wait::PATIENCE).await.unwrap();
     // Whoever watched at the lost node watches elsewhere by now, and has missed nothing.
     let mut resumed = 0;
     for (client, mut events) in watching {

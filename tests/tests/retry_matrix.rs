@@ -24,7 +24,9 @@ mod table;
 const SHORT: Duration = Duration::from_secs(2);
 /// One of which only an attempt is to run out of time: it has a quarter of the call's.
 const MEDIUM: Duration = Duration::from_secs(6);
-/// Longer than an attempt of such a call, and so short that the second one has its answer.
+/// The same, and over before a keep-alive can end its connection.
+const BRIEF: Duration = Duration::from_secs(4);
+/// Longer than an attempt of a medium call, and so short that the second one has its answer.
 const LATE: Duration = Duration::from_millis(2400);
 /// Any other call: no attempt of it runs out of time, however busy the machine is.
 const LONG: Duration = Duration::from_secs(40);
@@ -142,6 +144,11 @@ impl Fault {
         }
     }
 
+    /// Whether nothing comes over the connection any more.
+    fn kills_the_connection(self) -> bool {
+        ["black hole", "half open"].contains(&self.what)
+    }
+
     /// Whether its calls are to run out of time.
     fn is_silent(self) -> bool {
         ["silence", "black hole", "half open", "late", "refused"].contains(&self.what) || self.what.starts_with("delay")
@@ -220,6 +227,7 @@ impl Matrix {
         let key = format!("case {:04}", self.cases);
         let timeout = match (fault.is_silent(), &*expected.seen) {
             (false, _) => LONG,
+            (true, "ok") if fault.kills_the_connection() && !other_leader => BRIEF,
             (true, "ok") => MEDIUM,
             (true, _) => SHORT,
         };
@@ -306,57 +314,68 @@ impl Matrix {
     }
 }
 
+/// Goes through the table, and answers which cells are wrong.
+async fn go_through(mut matrix: Matrix, only: Option<String>) -> Vec<String> {
+    let transport = matrix.transport;
+    matrix.cluster.start_all().await;
+    let (mut report, mut wrong) = (Table::new(), Vec::new());
+    report.load_style(presets::ASCII_MARKDOWN);
+    report.set_header(["where", "what", "leader", "write", "write under a session", "read"]);
+    for &(place, what, kept, changed) in table::TABLE {
+        let fault = Fault::new(place, what);
+        if only.as_ref().is_some_and(|only| !format!("{place} {what}").contains(only)) {
+            continue;
+        }
+        for (leader, cells) in [("the same", kept), ("another", changed)] {
+            let mut line = vec![place.to_owned(), what.to_owned(), leader.to_string()];
+            for (call, cell) in Call::ALL.into_iter().zip(cells) {
+                if let Some(reason) = cell.strip_prefix("impossible: ") {
+                    assert!(!reason.is_empty(), "{place} {what}: no reason");
+                    line.push(cell.to_owned());
+                    continue;
+                }
+                let expected = Course::read(cell).unwrap_or_else(|| panic!("{place} {what}: no expectation: {cell:?}"));
+                let mut seen = None;
+                for _ in 0..TRIES {
+                    seen = matrix.run(fault, leader == "another", call, &expected).await;
+                    if seen.is_some() {
+                        break;
+                    }
+                }
+                let seen = seen.expect("elections come and go without end");
+                if !expected.allows(&seen) {
+                    wrong
+                        .push(format!("{transport:?}, {place}, {what}, {leader} leader, {call:?}: {seen}, not {cell}"));
+                }
+                line.push(seen.to_string());
+            }
+            // A matrix that stops half way has shown something, too.
+            println!("{transport:?}: {}", line.join(" | "));
+            report.add_row(line);
+        }
+    }
+    println!("{transport:?}: what was seen, how many attempts, how often applied; {} cases\n{report}", matrix.cases);
+    wrong
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_each_fault_the_client_does_and_says_what_the_table_says() {
     let only = std::env::var("ONLY").ok();
-    for transport in Transport::ALL {
+    let shape = || {
         // So that a busy machine holds no elections of its own.
         let extra = "[raft.read_consistency]\nlease_duration_ms = 1000\n".to_owned();
-        let mut cluster = Cluster::prepare(Shape { extra, proxied: true, faulty: true, ..Shape::default() }).await;
-        cluster.start_all().await;
-        let mut matrix = Matrix { cluster, transport, cases: 0 };
-        let (mut report, mut wrong) = (Table::new(), Vec::new());
-        report.load_style(presets::ASCII_MARKDOWN);
-        report.set_header(["where", "what", "leader", "write", "write under a session", "read"]);
-        for &(place, what, kept, changed) in table::TABLE {
-            let fault = Fault::new(place, what);
-            if only.as_ref().is_some_and(|only| !format!("{place} {what}").contains(only)) {
-                continue;
-            }
-            for (leader, cells) in [("the same", kept), ("another", changed)] {
-                let mut line = vec![place.to_owned(), what.to_owned(), leader.to_string()];
-                for (call, cell) in Call::ALL.into_iter().zip(cells) {
-                    if let Some(reason) = cell.strip_prefix("impossible: ") {
-                        assert!(!reason.is_empty(), "{place} {what}: no reason");
-                        line.push(cell.to_owned());
-                        continue;
-                    }
-                    let expected =
-                        Course::read(cell).unwrap_or_else(|| panic!("{place} {what}: no expectation: {cell:?}"));
-                    let mut seen = None;
-                    for _ in 0..TRIES {
-                        seen = matrix.run(fault, leader == "another", call, &expected).await;
-                        if seen.is_some() {
-                            break;
-                        }
-                    }
-                    let seen = seen.expect("elections come and go without end");
-                    if !expected.allows(&seen) {
-                        wrong.push(format!("{place}, {what}, {leader} leader, {call:?}: {seen}, not {cell}"));
-                    }
-                    line.push(seen.to_string());
-                }
-                // A matrix that stops half way has shown something, too.
-                println!("{}", line.join(" | "));
-                report.add_row(line);
-            }
-        }
-        println!(
-            "{transport:?}: what was seen, how many attempts, how often applied; {} cases\n{report}",
-            matrix.cases
-        );
-        assert!(wrong.is_empty(), "{} cells are wrong:\n{}", wrong.len(), wrong.join("\n"));
+        Shape { extra, proxied: true, faulty: true, ..Shape::default() }
+    };
+    // Most of the time calls run out of time; so the transports do at the same time.
+    let clusters = Cluster::prepare_together(Transport::ALL.map(|_| shape())).await;
+    let matrices = clusters.into_iter().zip(Transport::ALL);
+    let matrices = matrices.map(|(cluster, transport)| Matrix { cluster, transport, cases: 0 });
+    let runs: Vec<_> = matrices.map(|matrix| tokio::spawn(go_through(matrix, only.clone()))).collect();
+    let mut wrong = Vec::new();
+    for run in runs {
+        wrong.extend(run.await.unwrap());
     }
+    assert!(wrong.is_empty(), "{} cells are wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 /// Every error that a server can answer has a line, before and after the write was applied, or cannot be.
