@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -17,7 +18,7 @@ use crate::proxy::Proxy;
 use crate::{http, wait};
 
 /// Clusters of one test program run one after the other: their timing matters more than the test's duration.
-static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| Arc::new(Semaphore::new(1)));
+pub(crate) static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| Arc::new(Semaphore::new(1)));
 
 pub(crate) const GRPC_PORT: u16 = 9080;
 const HTTP_PORT: u16 = 9180;
@@ -436,11 +437,14 @@ fn last_lines(text: &str) -> String {
 }
 
 /// A loopback address of which the ports of a cluster are free. The whole of 127.0.0.0/8 is ours on Linux, and
-/// nobody else gets a port there by chance.
+/// nobody else gets a port there by chance. Two callers of one process never get the same one, whether they use it yet
+/// or not.
 pub(crate) fn free_loopback(nodes: u32) -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(0);
     let process = std::process::id();
     (0..=u8::MAX)
-        .map(|attempt| Ipv4Addr::new(127, 100 + attempt % 100, (process >> 8) as u8, (process as u8).max(1)))
+        .map(|_| NEXT.fetch_add(1, Ordering::Relaxed) % 100)
+        .map(|next| Ipv4Addr::new(127, 100 + next, (process >> 8) as u8, (process as u8).max(1)))
         .find(|ip| {
             (1..=nodes as u16)
                 .all(|node| [GRPC_PORT, HTTP_PORT].iter().all(|base| TcpListener::bind((*ip, base + node)).is_ok()))

@@ -1,12 +1,14 @@
 //! Engines embedded in the test's own process, and what an application in another process says of its leadership.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use d_engine::prelude::{EmbeddedClient, EmbeddedEngine};
 use tempfile::TempDir;
+use tokio::sync::OwnedSemaphorePermit;
 
-use crate::cluster::{GRPC_PORT, free_loopback};
+use crate::cluster::{GRPC_PORT, TURN, free_loopback};
 use crate::wait;
 
 /// Embedded engines of one cluster, all in this process, in directories of their own.
@@ -14,6 +16,7 @@ pub struct Fleet {
     engines: Vec<EmbeddedEngine>,
     directory: TempDir,
     ids: u32,
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Fleet {
@@ -28,6 +31,9 @@ impl Fleet {
     /// When one does not start.
     pub async fn of(ids: u32) -> Self {
         let mut fleet = Self::prepared(ids);
+        if ids > 1 {
+            fleet.turn = Some(Arc::clone(&TURN).acquire_owned().await.expect("never closed"));
+        }
         for id in 1..=ids {
             fleet.start(id).await;
         }
@@ -56,9 +62,13 @@ impl Fleet {
             }
             let data = directory.path().join(format!("data-{id}"));
             text += &format!("db_root_dir = {data:?}\n");
+            if ids > 1 {
+                // Long, so that nobody loses it because the machine is busy.
+                text += "[raft.read_consistency]\nlease_duration_ms = 1000\n";
+            }
             std::fs::write(directory.path().join(format!("n{id}.toml")), text).expect("a configuration");
         }
-        Self { engines: Vec::new(), directory, ids }
+        Self { engines: Vec::new(), directory, ids, turn: None }
     }
 
     /// Starts an engine; does not wait until it is ready.
@@ -115,6 +125,7 @@ impl Fleet {
         for engine in &self.engines {
             engine.stop().await.expect("it ends well");
         }
+        drop(self.turn);
     }
 }
 

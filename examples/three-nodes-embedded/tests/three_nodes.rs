@@ -11,6 +11,10 @@ use d_engine_tests::process::{Process, bound_to_this_thread};
 use d_engine_tests::wait::{self, PATIENCE};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::sync::{Mutex, MutexGuard};
+
+/// One service after the other: their timing matters more than the tests' duration.
+static TURN: Mutex<()> = Mutex::const_new(());
 
 const EXAMPLE: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -19,17 +23,19 @@ struct Service {
     host: Ipv4Addr,
     nodes: Vec<Option<Process>>,
     directory: TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Service {
     async fn start() -> Self {
         let directory = tempfile::Builder::new().prefix("d-engine-three-embedded-").tempdir().unwrap();
+        let turn = TURN.lock().await;
         let process = std::process::id();
-        let host = (0..=u8::MAX)
-            .map(|attempt| Ipv4Addr::new(127, 200 + attempt % 50, (process >> 8) as u8, (process as u8).max(1)))
+        let host = (200..=u8::MAX)
+            .map(|net| Ipv4Addr::new(127, net, (process >> 8) as u8, (process as u8).max(1)))
             .find(|host| TcpListener::bind((*host, 8081)).is_ok())
             .unwrap();
-        let mut service = Self { host, nodes: Vec::new(), directory };
+        let mut service = Self { host, nodes: Vec::new(), directory, _turn: turn };
         for id in 1..=3 {
             let node = service.run(id);
             service.nodes.push(Some(node));
