@@ -16,6 +16,7 @@ pub mod cluster;
 pub mod data_set;
 pub mod direct;
 pub mod disk;
+pub mod embedded;
 pub mod faulty;
 pub mod history;
 pub mod http;
