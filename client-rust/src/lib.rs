@@ -59,6 +59,7 @@ mod maintenance;
 mod metrics;
 mod namespace;
 mod observe;
+mod operate;
 mod options;
 mod pipeline;
 #[cfg(not(feature = "tls"))]
@@ -99,6 +100,7 @@ pub use maintenance::{Compact, CompactResponse};
 #[cfg(feature = "metrics")]
 pub use metrics::ClientMetrics;
 pub use observe::{Attempt, Call, End, Notice, Observer, TraceContext};
+pub use operate::{CheckFinding, CheckResponse, MemberCheck, Snapshot};
 pub use options::ClientBuilder;
 pub use range::{Pages, Range, RangeResponse};
 pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};

@@ -8,9 +8,10 @@ use d_engine_proto::{NodeId, v1};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::backup::{BackupError, refuse_unfinished};
 use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
-use crate::engine::{Engine, EngineConfig, ReadPolicy};
+use crate::engine::{Engine, EngineConfig, ReadPolicy, refuse_if_marked};
 use crate::limits::ABANDON_TIMEOUT;
 use crate::metrics::Metrics;
 use crate::monitoring;
@@ -20,9 +21,9 @@ use crate::storage::{RocksDBStorageEngine, StorageError};
 use crate::tls::{Tls, TlsError};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
-const LOG_DIRECTORY: &str = "log";
+pub(crate) const LOG_DIRECTORY: &str = "log";
 /// Name of the state machine's directory below `cluster.db_root_dir`.
-const STATE_DIRECTORY: &str = "state";
+pub(crate) const STATE_DIRECTORY: &str = "state";
 
 /// Why a node does not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +40,9 @@ pub enum NodeError {
     /// The node must not take part, or consensus ended.
     #[error(transparent)]
     Consensus(#[from] StartError),
+    /// The data directory is that of a restore which did not come to its end.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     /// A task of the node panicked: a bug.
     #[error("{what} panicked: report it, with the log")]
     Panicked {
@@ -80,6 +84,8 @@ impl Node {
             }
             false => None,
         };
+        refuse_if_marked(&root)?;
+        refuse_unfinished(&root)?;
         let (log, state_machine) = blocking("opening the data directories", move || open(&root)).await??;
         let kv = Arc::new(state_machine);
         let consensus_config = consensus_config(&config);
@@ -94,6 +100,7 @@ impl Node {
             watches_enabled: config.raft.watch.enabled,
             leases_enabled: config.raft.state_machine.lease_enabled,
             history_retention: Some(config.raft.state_machine.history_retention).filter(|time| !time.is_zero()),
+            check_interval: Some(config.raft.state_machine.check_interval).filter(|time| !time.is_zero()),
             data_directories: vec![config.cluster.db_root_dir.clone()],
         };
         let engine = Engine::new(consensus, kv, engine_config, metrics.clone());

@@ -11,6 +11,7 @@ use openraft::{SnapshotPolicy, StepDownPolicy};
 use tokio::sync::watch;
 
 use super::applier::Applier;
+use super::fingerprint::Fingerprints;
 use super::formation::{Formation, MembershipRefused};
 use super::gathering::{Gathering, Ticket};
 use super::leadership::{Applied, LeaderInfo, Leadership, Monitor, Role};
@@ -93,6 +94,25 @@ pub enum StartError {
         /// Which one.
         task: &'static str,
     },
+    /// The state is not what the other members hold.
+    #[error(
+        "the state of this node was not the cluster's after log entry {index} (hash {ours:016x}, should be \
+         {right:016x}): it must not serve; remove the member from the cluster, empty its data directory and add it again"
+    )]
+    Diverged {
+        /// The entry after which the states were compared.
+        index: LogIndex,
+        /// The hash of this node's state.
+        ours: u64,
+        /// That of the cluster's.
+        right: u64,
+    },
+    /// As [`Diverged`](Self::Diverged), found in an earlier run.
+    #[error("this data directory was put aside: {found}")]
+    MarkedDiverged {
+        /// What was found then.
+        found: String,
+    },
     /// openraft refused, or ended with an error.
     #[error("consensus stopped: {0}")]
     Raft(String),
@@ -128,6 +148,8 @@ struct Inner {
     state_machine: Arc<dyn StateMachine>,
     applied: watch::Receiver<Applied>,
     poison: Poison,
+    fingerprints: Arc<Fingerprints>,
+    peers: Peers,
     timings: Timings,
 }
 
@@ -150,7 +172,8 @@ impl Consensus {
         check_log_reaches(&state, recovered.position)?;
         let identity = claim_directory(&*engine, &state, config.node_id)?;
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
-        let log = Log::start(engine, &state, metrics.clone(), &poison).map_err(|error| StartError::Raft(error.to_string()))?;
+        let log = Log::start(engine, &state, metrics.clone(), &poison)
+            .map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
         let peers = Peers::new(local.clone(), stall, tls.clone());
 
@@ -159,11 +182,7 @@ impl Consensus {
         let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
         let raft_config = Arc::new(raft_config(&config.timings)?);
         let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier);
-        let raft = poison
-            .clone()
-            .guard_openraft(raft)
-            .await
-            .map_err(|error| StartError::Raft(error.to_string()))?;
+        let raft = poison.clone().guard_openraft(raft).await.map_err(|error| StartError::Raft(error.to_string()))?;
 
         let quarantine = begin_quarantine(&raft, &state, &config.timings, &poison).await?;
         let leadership = Arc::new(Leadership::new());
@@ -175,7 +194,8 @@ impl Consensus {
             metrics: metrics.clone(),
         };
         let monitoring = tokio::spawn(poison.guard("the watch over leadership", monitor.run()));
-        let read_index = ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max, &poison);
+        let read_index =
+            ReadIndex::start(raft.clone(), peers.clone(), leadership.clone(), config.timings.election_max, &poison);
         let read_index = Arc::new(read_index);
         let mut initial_cluster = config.initial_cluster;
         initial_cluster.sort_by_key(|member| member.id);
@@ -185,6 +205,7 @@ impl Consensus {
             client_address: config.client_address,
             application_address: config.application_address,
         });
+        let fingerprints = Arc::new(Fingerprints::default());
         let service = PeerService {
             raft: raft.clone(),
             log: log.clone(),
@@ -193,10 +214,11 @@ impl Consensus {
             read_index: read_index.clone(),
             formation: formation.clone(),
             quarantine,
+            fingerprints: fingerprints.clone(),
         };
         let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max, &poison);
         let told_commit = peers.told_commit().clone();
-        watch_for_failure(&raft, &log, formation, peers, monitoring, &poison);
+        watch_for_failure(&raft, &log, formation, peers.clone(), monitoring, &poison);
         let inner = Inner {
             raft,
             log,
@@ -208,6 +230,8 @@ impl Consensus {
             state_machine,
             applied,
             poison,
+            fingerprints,
+            peers,
             timings: config.timings,
         };
         Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
@@ -315,6 +339,14 @@ impl Consensus {
     pub fn leader(&self) -> Option<LeaderInfo> {
         // What was published last may have ended since.
         self.inner.leadership.info().filter(|info| info.leader_id != self.inner.local.node_id || self.is_leader())
+    }
+
+    pub(super) fn fingerprints(&self) -> &Fingerprints {
+        &self.inner.fingerprints
+    }
+
+    pub(super) fn peers(&self) -> &Peers {
+        &self.inner.peers
     }
 
     /// Follows [`leader`](Self::leader): the latest state is always delivered.
@@ -483,7 +515,12 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
 }
 
 /// See `peer_service`. Ends by itself; until then this node neither votes nor campaigns.
-async fn begin_quarantine(raft: &Raft, state: &StorageState, timings: &Timings, poison: &Poison) -> Result<Quarantine, StartError> {
+async fn begin_quarantine(
+    raft: &Raft,
+    state: &StorageState,
+    timings: &Timings,
+    poison: &Poison,
+) -> Result<Quarantine, StartError> {
     let never_promised = state.vote.is_none() && state.last.is_none() && state.purged.is_none();
     let voters = raft
         .with_raft_state(|state| state.membership_state.effective().voter_ids().collect::<Vec<_>>())

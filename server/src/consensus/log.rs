@@ -105,7 +105,9 @@ impl Log {
         let weak = Arc::downgrade(&shared);
         let guard = poison.guard_thread("the writer of the log");
         let take_committed = move || weak.upgrade().and_then(|shared| shared.committed.lock().take());
-        std::thread::Builder::new().name("d-engine-log".into()).spawn(move || writer.run(queue, take_committed, &guard))?;
+        std::thread::Builder::new()
+            .name("d-engine-log".into())
+            .spawn(move || writer.run(queue, take_committed, &guard))?;
         Ok(Self { shared })
     }
 

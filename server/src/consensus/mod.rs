@@ -13,7 +13,9 @@
 
 mod appends;
 mod applier;
+mod beginning;
 mod entry;
+mod fingerprint;
 mod formation;
 mod gathering;
 mod handle;
@@ -30,6 +32,8 @@ mod runtime;
 #[cfg(test)]
 mod tests;
 
+pub use beginning::{Beginning, ReplayError, begin_alone, replay};
+pub use fingerprint::StateHash;
 pub use formation::MembershipRefused;
 pub use gathering::{Gathering, Ticket};
 pub use handle::{Consensus, ConsensusConfig, RaftProgress, StartError, Timings};

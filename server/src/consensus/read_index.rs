@@ -60,7 +60,13 @@ pub(super) struct ReadIndex {
 
 impl ReadIndex {
     /// `patience`: how long a leader that was just elected may take to apply its first entry.
-    pub(super) fn start(raft: Raft, peers: Peers, leadership: Arc<Leadership>, patience: Duration, poison: &Poison) -> Self {
+    pub(super) fn start(
+        raft: Raft,
+        peers: Peers,
+        leadership: Arc<Leadership>,
+        patience: Duration,
+        poison: &Poison,
+    ) -> Self {
         let local = Local { raft, leadership, patience };
         let as_leader = {
             let local = local.clone();

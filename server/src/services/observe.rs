@@ -21,7 +21,7 @@ use crate::trace;
 const PACKAGE: &str = "/d_engine.v1.";
 
 /// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
-const METHODS: [&str; 22] = [
+const METHODS: [&str; 24] = [
     "Cluster/Members",
     "Cluster/Status",
     "Kv/CompareAndSwap",
@@ -38,7 +38,9 @@ const METHODS: [&str; 22] = [
     "Lease/Renew",
     "Lease/Revoke",
     "Lease/TimeToLive",
+    "Maintenance/Check",
     "Maintenance/Compact",
+    "Maintenance/Snapshot",
     "Pipeline/Exchange",
     "Session/Close",
     "Session/Register",
