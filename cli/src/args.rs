@@ -14,6 +14,7 @@ use crate::lease::LeaseCommand;
 use crate::lock::{ElectArgs, LockArgs};
 use crate::member::MemberCommand;
 use crate::server::ServerArgs;
+use crate::snapshot::SnapshotCommand;
 use crate::watch::WatchArgs;
 
 const ABOUT_BYTES: &str = "\
@@ -50,6 +51,11 @@ pub(crate) enum Command {
     Elect(ElectArgs),
     /// Forgets the history before a revision; current values stay
     Compact(CompactArgs),
+    /// Has all members compare their states; one whose state is not the cluster's stops
+    Check,
+    /// Saves, examines and restores backups
+    #[command(subcommand, after_help = EXIT_CODES)]
+    Snapshot(SnapshotCommand),
     /// Shows the state of every member
     Status,
     /// Shows and changes who belongs to the cluster, and who leads it
@@ -243,6 +249,9 @@ mod tests {
             "d-engine member remove 0",
             "d-engine member add",
             "d-engine member transfer 0",
+            "d-engine snapshot restore --data-dir d --node-id 1",
+            "d-engine snapshot restore f --from-data-dir o --data-dir d --node-id 1",
+            "d-engine snapshot restore f --node-id 1",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use d_engine_client::{Error, ErrorKind, Outcome};
+use d_engine_server::backup::BackupError;
 
 use crate::encoding::DecodeError;
 
@@ -51,6 +52,9 @@ pub(crate) enum Failure {
         /// What the operating system says.
         source: std::io::Error,
     },
+    /// A backup is not what it should be, or cannot be restored.
+    #[error("{0}")]
+    Backup(#[from] BackupError),
     /// The server ended.
     #[error("{0}")]
     Server(String),
@@ -94,7 +98,7 @@ impl Failure {
             Self::ConditionFailed(_) => 3,
             Self::Call(error) if error.outcome() != Outcome::NotApplied => 4,
             Self::Call(error) if error.kind() == ErrorKind::InvalidArgument => 2,
-            Self::Call(_) | Self::Unhealthy(_) | Self::Io { .. } => 5,
+            Self::Call(_) | Self::Unhealthy(_) | Self::Io { .. } | Self::Backup(_) => 5,
             Self::Server(_) => 6,
             Self::Lost { .. } => 7,
             // As shells do.

@@ -5,6 +5,7 @@
 
 mod args;
 mod change;
+mod check;
 mod compact;
 mod encoding;
 mod export;
@@ -19,6 +20,7 @@ mod member;
 mod output;
 mod server;
 mod signals;
+mod snapshot;
 mod status;
 mod txn;
 mod watch;
@@ -57,6 +59,8 @@ fn run(command: Command, args: &ClientArgs) -> Result<ExitCode, Failure> {
         Command::Lock(lock) => return block_on(lock::lock(lock, args)),
         Command::Elect(elect) => return block_on(lock::elect(elect, args)),
         Command::Compact(compact) => block_on(compact::run(compact, args)),
+        Command::Check => block_on(check::run(args)),
+        Command::Snapshot(command) => snapshot::run(command, args),
         Command::Status => block_on(status::run(args)),
         Command::Member(command) => block_on(member::run(command, args)),
     };

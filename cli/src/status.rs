@@ -37,6 +37,7 @@ struct StateJson {
     role: &'static str,
     ready: bool,
     problem: String,
+    alarm: String,
     header: output::HeaderJson,
     leader_id: Option<u32>,
     last_log_index: u64,
@@ -55,6 +56,11 @@ pub(crate) async fn run(args: &ClientArgs) -> Result<(), Failure> {
     match args.output {
         Layout::Json => output::json(&rows.iter().map(NodeJson::from).collect::<Vec<_>>())?,
         Layout::Table => print_table(&rows)?,
+    }
+    for (row, status) in rows.iter().filter_map(|row| Some((row, row.status.as_ref().ok()?))) {
+        if args.output == Layout::Table && !status.alarm.is_empty() {
+            output::line(&format!("alarm of {}: {}", row.address, status.alarm))?;
+        }
     }
     let led = rows.iter().flat_map(|row| &row.status).any(|status| status.role == NodeRole::Leader && status.ready);
     match led {
@@ -135,7 +141,7 @@ fn role(status: &NodeStatus) -> &'static str {
     }
 }
 
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     match units.iter().find(|(shift, _)| bytes >> shift != 0) {
         Some((shift, unit)) => {
@@ -146,7 +152,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
-fn uptime(time: Duration) -> String {
+pub(crate) fn uptime(time: Duration) -> String {
     let seconds = time.as_secs();
     match (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60) {
         (0, 0, 0, seconds) => format!("{seconds}s"),
@@ -167,6 +173,7 @@ impl From<&Row> for NodeJson {
                 role: role(status),
                 ready: status.ready,
                 problem: status.problem.clone(),
+                alarm: status.alarm.clone(),
                 header: status.header.into(),
                 leader_id: status.leader.as_ref().map(|leader| leader.id.get()),
                 last_log_index: status.last_log_index.get(),

@@ -168,6 +168,8 @@ pub struct NodeStatus {
     pub ready: bool,
     /// Why it does not serve; empty if it does.
     pub problem: String,
+    /// What an operator must look at although the node serves; empty if nothing.
+    pub alarm: String,
     /// Time since it started.
     pub uptime: Duration,
 }
@@ -193,6 +195,7 @@ impl From<v1::StatusResponse> for NodeStatus {
             version: response.version,
             ready: response.ready,
             problem: response.problem,
+            alarm: response.alarm,
             uptime: Duration::from_millis(response.uptime_ms),
         }
     }

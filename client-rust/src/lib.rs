@@ -60,6 +60,7 @@ mod membership;
 mod metrics;
 mod namespace;
 mod observe;
+mod operate;
 mod options;
 mod pipeline;
 #[cfg(not(feature = "tls"))]
@@ -101,6 +102,7 @@ pub use membership::{ChangeMember, ChangeMemberResponse, TransferLeadership, Tra
 #[cfg(feature = "metrics")]
 pub use metrics::ClientMetrics;
 pub use observe::{Attempt, Call, End, Notice, Observer, TraceContext};
+pub use operate::{CheckFinding, CheckResponse, MemberCheck, Snapshot};
 pub use options::ClientBuilder;
 pub use range::{Pages, Range, RangeResponse};
 pub use read::{Consistency, Get, GetMany, GetManyResponse, GetResponse};

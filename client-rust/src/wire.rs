@@ -116,7 +116,9 @@ mod tests {
                     (Some("service"), Some(name)) => service = name,
                     (Some("rpc"), Some(method)) => {
                         let path = format!("\"/d_engine.v1.{service}/{method}\"");
-                        assert!(source.contains(&path), "{path} is missing");
+                        // What `operate` asks of single nodes is no operation of a pipeline.
+                        let elsewhere = include_str!("operate.rs").contains(&path);
+                        assert!(elsewhere || source.contains(&path), "{path} is missing");
                         methods += 1;
                     }
                     _ => {}

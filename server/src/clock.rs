@@ -45,3 +45,9 @@ impl std::ops::Sub<Duration> for Moment {
         Self(self.0.saturating_sub(duration))
     }
 }
+/// The wall clock, as the time since 1970: to date what people keep, such as a backup. Nothing may follow from it.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "this module is where clocks are read")]
+pub fn unix_time() -> Duration {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
+}

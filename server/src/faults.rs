@@ -13,7 +13,8 @@
 //! | [`IN_TASK`] | by a task or thread that the node relies on, at every turn |
 //!
 //! A point is armed for one operation, by the name of its method: `before-propose/Put`. What it does then is a text, see
-//! [`Action`]. That of a task is armed by the task's name, `in-task/the proposer`, and panics. The points are passed in async code and hold up nothing but the call that reached them.
+//! [`Action`]. That of a task is armed by the task's name with dashes, `in-task/the-proposer`, and
+//! panics. The points are passed in async code and hold up nothing but the call that reached them.
 
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -165,7 +166,7 @@ pub(crate) async fn reached(point: &str, operation: &str) -> Result<(), EngineEr
 /// Passes the point of a task.
 #[expect(clippy::panic, reason = "a panic is what the point is for")]
 pub(crate) fn in_task(task: &str) {
-    if is_prepared() && fail::eval(&format!("{IN_TASK}/{task}"), |_| ()).is_some() {
+    if is_prepared() && fail::eval(&format!("{IN_TASK}/{}", task.replace(' ', "-")), |_| ()).is_some() {
         panic!("a fault point was armed");
     }
 }

@@ -4,6 +4,7 @@
 //! What is absent is the architecture: only `consensus` names openraft, only `storage` names RocksDB, only
 //! `services` names tonic's server types, and the state machine reads no clock and awaits nothing.
 
+pub mod backup;
 pub mod clock;
 pub mod config;
 pub mod consensus;

@@ -142,6 +142,24 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a node that met a fault may take to stop what still works, before it ends without.
 pub const ABANDON_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Bytes of a piece in which a backup is sent.
+pub const BACKUP_PIECE_BYTES: usize = 256 << 10;
+
+/// Pieces of a backup that wait for their receiver to take them.
+pub const BACKUP_PIECES_WAITING_MAX: usize = 4;
+
+/// Default of `raft.state_machine.check_interval_ms`: five minutes.
+pub const CHECK_INTERVAL_MS_DEFAULT: u64 = 300_000;
+
+/// Shortest `raft.state_machine.check_interval_ms` but 0: every check reads the whole store.
+pub const CHECK_INTERVAL_MS_MIN: u64 = 100;
+
+/// How long a member may take to apply the entry after which states are compared, and to hash its own.
+pub const CHECK_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a check that came by itself may take.
+pub const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Default of `network.call_timeout_ms`: the deadline of a call whose client names none.
 pub const CALL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 

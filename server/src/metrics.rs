@@ -51,6 +51,10 @@ pub struct Metrics {
     leases: Gauge,
     sessions: Gauge,
     expiries: Counter,
+    state_checks: Family<CheckLabels, Counter>,
+    diverged_members: Gauge,
+    snapshots_saved: Counter,
+    snapshot_last_saved: Gauge,
     resident_memory: Gauge,
     open_files: Gauge,
     uptime: Gauge,
@@ -88,6 +92,22 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MethodLabels {
     method: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CheckLabels {
+    outcome: &'static str,
+}
+
+/// What a comparison of the members' states found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckOutcome {
+    /// All hold the same.
+    Same,
+    /// Those that answered in time hold the same.
+    Incomplete,
+    /// At least one is wrong.
+    Different,
 }
 
 impl Default for Metrics {
@@ -132,6 +152,10 @@ impl Metrics {
             leases: Gauge::default(),
             sessions: Gauge::default(),
             expiries: Counter::default(),
+            state_checks: Family::default(),
+            diverged_members: Gauge::default(),
+            snapshots_saved: Counter::default(),
+            snapshot_last_saved: Gauge::default(),
             resident_memory: Gauge::default(),
             open_files: Gauge::default(),
             uptime: Gauge::default(),
@@ -187,6 +211,13 @@ impl Metrics {
         registry.register("lease_renewals", "Renewals of leases proposed", self.lease_renewals.clone());
         registry.register("sessions", "Client sessions", self.sessions.clone());
         registry.register("expiries", "Leases and sessions that came to their deadline", self.expiries.clone());
+        let checks = self.state_checks.clone();
+        registry.register("state_checks", "Comparisons of the members' states", checks);
+        let diverged = self.diverged_members.clone();
+        registry.register("diverged_members", "Members whose state the last comparison found to be wrong", diverged);
+        registry.register("snapshots_saved", "Backups taken from this node", self.snapshots_saved.clone());
+        let saved = self.snapshot_last_saved.clone();
+        registry.register("snapshot_last_saved_seconds", "When the last backup was taken from this node", saved);
         registry.register("process_resident_memory_bytes", "Resident memory", self.resident_memory.clone());
         registry.register("process_open_fds", "Open file descriptors", self.open_files.clone());
         registry.register("process_uptime_seconds", "Time since the node started", self.uptime.clone());
@@ -308,6 +339,23 @@ impl Metrics {
         self.lease_renewals.inc_by(renewals as u64);
     }
 
+    /// As the leader, this node had the members' states compared; so many were wrong.
+    pub fn state_checked(&self, outcome: CheckOutcome, wrong: usize) {
+        let label = match outcome {
+            CheckOutcome::Same => "same",
+            CheckOutcome::Incomplete => "incomplete",
+            CheckOutcome::Different => "different",
+        };
+        self.state_checks.get_or_create(&CheckLabels { outcome: label }).inc();
+        self.diverged_members.set(saturating(wrong as u64));
+    }
+
+    /// A backup was taken from this node, at this time since 1970.
+    pub fn snapshot_saved(&self, at: Duration) {
+        self.snapshots_saved.inc();
+        self.snapshot_last_saved.set(saturating(at.as_secs()));
+    }
+
     /// Everything, in the text format of OpenMetrics.
     ///
     /// # Errors
@@ -401,6 +449,7 @@ mod tests {
     fn the_document_lists_exactly_the_metrics_there_are() {
         let metrics = Metrics::new();
         // Metrics with labels appear with their first label.
+        metrics.state_checked(CheckOutcome::Same, 0);
         metrics.request("Kv/Put", "Ok", Duration::ZERO);
         let text = scrape(&metrics);
         let counters = |kind: &str| if kind == "counter" { "_total" } else { "" };

@@ -12,9 +12,10 @@ use futures_util::future::{BoxFuture, FutureExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::backup::{BackupError, refuse_unfinished};
 use crate::config::{DEFAULT_LISTEN_ADDRESS, LogEngine, MemberRole, MemberStatus, RaftNodeConfig};
 use crate::consensus::{Consensus, ConsensusConfig, StartError};
-use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy};
+use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy, refuse_if_marked};
 use crate::limits::ABANDON_TIMEOUT;
 use crate::metrics::Metrics;
 use crate::monitoring;
@@ -27,9 +28,9 @@ use crate::tls::{Tls, TlsError};
 pub use builder::{NodeBuilder, StateMachineHandle, StorageHandle};
 
 /// Name of the log's directory below `cluster.db_root_dir`.
-const LOG_DIRECTORY: &str = "log";
+pub(crate) const LOG_DIRECTORY: &str = "log";
 /// Name of the state machine's directory below `cluster.db_root_dir`.
-const STATE_DIRECTORY: &str = "state";
+pub(crate) const STATE_DIRECTORY: &str = "state";
 
 /// Why a node does not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,9 @@ pub enum NodeError {
     /// The node must not take part, or consensus ended.
     #[error(transparent)]
     Consensus(#[from] StartError),
+    /// The data directory is that of a restore which did not come to its end.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     /// A task of the node panicked: a bug.
     #[error("{what} panicked: report it, with the log")]
     Panicked {
@@ -142,6 +146,8 @@ impl Node {
             }
             false => None,
         };
+        refuse_if_marked(&root)?;
+        refuse_unfinished(&root)?;
         let (own_log, own_state) = (parts.storage.is_none(), parts.state_machine.is_none());
         let engine = config.raft.persistence.engine;
         let (storage, machine) = blocking("opening the data directories", move || open(&root, engine, parts)).await??;
@@ -165,6 +171,7 @@ impl Node {
             watches_enabled: config.raft.watch.enabled,
             leases_enabled: config.raft.state_machine.lease_enabled,
             history_retention: Some(config.raft.state_machine.history_retention).filter(|time| !time.is_zero()),
+            check_interval: Some(config.raft.state_machine.check_interval).filter(|time| !time.is_zero()),
             data_directories: vec![config.cluster.db_root_dir.clone()],
         };
         let door = match machine {

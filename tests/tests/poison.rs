@@ -48,7 +48,7 @@ async fn a_node_ends_when_a_task_that_it_relies_on_panics() {
         use_everything(&direct, 0).await;
         assert!(node.process().ended().is_none(), "before {task} panicked");
 
-        node.faults().arm(&format!("in-task/{task}"), 1, "panic").await;
+        node.faults().arm(&format!("in-task/{}", task.replace(' ', "-")), 1, "panic").await;
         let mut number = 0;
         let status = wait::until(&format!("the end by {task}"), wait::PATIENCE, || {
             number += 1;
@@ -77,7 +77,7 @@ async fn the_other_members_go_on_and_take_the_node_back() {
     cluster.start_all().await;
     let leader = cluster.leader(&[]).await;
     cluster.node(leader).direct(wait::PATIENCE).put("before", "1").await.unwrap();
-    cluster.node_mut(leader).faults().arm("in-task/the proposer", 1, "panic").await;
+    cluster.node_mut(leader).faults().arm("in-task/the-proposer", 1, "panic").await;
     let dying = cluster.node(leader).direct(ATTEMPT);
     let (well, _) = {
         let ended = cluster.node_mut(leader).exit();

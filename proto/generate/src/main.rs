@@ -164,6 +164,7 @@ fn rustfmt(source: &str) -> String {
 fn compiled_protos(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files: Vec<PathBuf> =
         std::fs::read_dir(root.join("d_engine/v1")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "proto"));
     files.sort();
     let descriptors = protox::compile(&files, [root]).unwrap();
     let out = tempfile::tempdir().unwrap();

@@ -102,6 +102,7 @@ struct Switch {
 struct StateMachine {
     lease: Switch,
     history: History,
+    check_interval_ms: Option<u64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -176,6 +177,8 @@ impl FileConfig {
         set(&mut target.state_machine.lease_enabled, raft.state_machine.lease.enabled);
         let retention = raft.state_machine.history.retention_ms.map(Duration::from_millis);
         set(&mut target.state_machine.history_retention, retention);
+        let check_interval = raft.state_machine.check_interval_ms.map(Duration::from_millis);
+        set(&mut target.state_machine.check_interval, check_interval);
         set(&mut target.backpressure.max_pending_bytes, raft.backpressure.max_pending_bytes);
 
         let target = &mut config.network;

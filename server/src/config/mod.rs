@@ -145,6 +145,9 @@ pub struct StateMachineConfig {
     /// `[raft.state_machine.history] retention_ms`: for how long past revisions are kept, in store time. Zero: until they
     /// are compacted by a request.
     pub history_retention: Duration,
+    /// `[raft.state_machine] check_interval_ms`: how often the leader has the members compare their states. Zero: only by
+    /// request.
+    pub check_interval: Duration,
 }
 
 /// Watches.
@@ -360,7 +363,8 @@ impl Default for WatchConfig {
 impl Default for StateMachineConfig {
     fn default() -> Self {
         let history_retention = Duration::from_millis(limits::HISTORY_RETENTION_MS_DEFAULT);
-        Self { lease_enabled: true, history_retention }
+        let check_interval = Duration::from_millis(limits::CHECK_INTERVAL_MS_DEFAULT);
+        Self { lease_enabled: true, history_retention, check_interval }
     }
 }
 

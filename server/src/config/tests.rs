@@ -143,6 +143,8 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
         enabled = false
         [raft.state_machine.lease]
         enabled = false
+        [raft.state_machine]
+        check_interval_ms = 7000
         [raft.state_machine.history]
         retention_ms = 5000
         [raft.backpressure]
@@ -162,7 +164,8 @@ fn the_sections_of_the_contract_are_accepted_and_mean_what_they_say() {
     .unwrap();
     assert_eq!(config.raft.read_consistency.default_policy, ReadPolicy::LeaseRead);
     assert!(!config.raft.read_consistency.allow_client_override);
-    let StateMachineConfig { lease_enabled, history_retention } = config.raft.state_machine;
+    let StateMachineConfig { lease_enabled, history_retention, check_interval } = config.raft.state_machine;
+    assert_eq!(check_interval, Duration::from_secs(7));
     assert_eq!((lease_enabled, history_retention), (false, Duration::from_secs(5)));
     let batch = FlushBatch { threshold: 100, interval_ms: 20 };
     assert_eq!(config.raft.persistence.flush_policy, FlushPolicy::Batch(batch));
@@ -392,6 +395,10 @@ fn bounds_that_would_let_nothing_through_are_refused() {
     let retention = |value: &str| format!("[raft.state_machine.history]\nretention_ms = {value}");
     assert_refused(&retention("999"), &["n1.toml:2: raft.state_machine.history.retention_ms", "1000 to", "or 0"]);
     assert_refused(&retention("31536000001"), &["raft.state_machine.history.retention_ms", "31536000000"]);
+    assert_refused(
+        &"[raft.state_machine]\ncheck_interval_ms = 99",
+        &["raft.state_machine.check_interval_ms", "100 or more"],
+    );
     assert!(load(&retention("0")).unwrap().raft.state_machine.history_retention.is_zero());
     assert_refused("[network]\nconnections_max = 0", &["n1.toml:2: network.connections_max", "1 or more"]);
     assert_refused("[network]\nstreams_per_connection_max = 0", &["network.streams_per_connection_max", "1 or more"]);

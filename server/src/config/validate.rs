@@ -317,6 +317,12 @@ fn bounds(config: &RaftNodeConfig) -> Result<(), ConfigError> {
         let problem = format!("{retention} ms is out of bounds");
         return Err(invalid(config, "raft.state_machine.history.retention_ms", problem, remedy));
     }
+    let interval = milliseconds(config.raft.state_machine.check_interval);
+    if interval != 0 && interval < limits::CHECK_INTERVAL_MS_MIN {
+        let remedy = format!("choose {} or more, or 0 for no checks by itself", limits::CHECK_INTERVAL_MS_MIN);
+        let problem = format!("{interval} ms is out of bounds");
+        return Err(invalid(config, "raft.state_machine.check_interval_ms", problem, remedy));
+    }
     let timeout = milliseconds(config.network.call_timeout);
     let timeout_max = milliseconds(limits::CALL_TIMEOUT_MAX);
     if timeout == 0 || timeout > timeout_max {

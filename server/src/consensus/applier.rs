@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use super::entry;
 use super::leadership::Applied;
 use super::raft_types::{Answers, LogId, Payload, RaftMembership, StoredMembership, Types, from_position, to_position};
-use crate::state_machine::{CommittedEntry, EntryContent, StateMachine, StoreTime};
+use crate::state_machine::{CommittedEntry, StateMachine, StoreTime};
 use crate::storage::LogPosition;
 
 /// openraft's view of a [`StateMachine`].
@@ -37,18 +37,8 @@ impl Applier {
     }
 
     fn apply_entry(&self, position: LogPosition, payload: &Payload) -> io::Result<(StoreTime, Answers)> {
-        let mut store_time = self.applied.borrow().store_time;
-        let content = match payload {
-            Payload::Blank => EntryContent::Blank,
-            Payload::Normal(batch) => {
-                let (proposed, commands) = batch.decode().map_err(io::Error::other)?;
-                // A batch proposed before its leader knew the store time of its predecessor's last one; the log's
-                // order makes this the same on every node.
-                store_time = store_time.max(proposed);
-                EntryContent::Commands { store_time, commands }
-            }
-            Payload::Membership(membership) => EntryContent::Membership(entry::encode_membership(membership)),
-        };
+        let before = self.applied.borrow().store_time;
+        let (store_time, content) = entry::content(payload, before).map_err(io::Error::other)?;
         let answers = self.state_machine.apply(&CommittedEntry { position, content }).map_err(io::Error::other)?;
         Ok((store_time, Answers(answers)))
     }
@@ -89,12 +79,16 @@ impl RaftStateMachine<Types> for Applier {
         Ok(())
     }
 
-    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<NoSnapshots> {
-        None
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<NoSnapshots> {
+        match force {
+            // At the start over a purged log: a restored node. It runs, but can bring no other up to its state yet.
+            true => Some(self.get_snapshot_builder().await),
+            false => None,
+        }
     }
 
     async fn get_snapshot_builder(&mut self) -> NoSnapshots {
-        NoSnapshots
+        NoSnapshots { applied: self.applied_state().await.ok() }
     }
 
     async fn install_snapshot(
@@ -111,13 +105,17 @@ impl RaftStateMachine<Types> for Applier {
 }
 
 /// Stands where a snapshot builder will.
-pub(super) struct NoSnapshots;
+pub(super) struct NoSnapshots {
+    applied: Option<(Option<LogId>, StoredMembership)>,
+}
 
 impl RaftSnapshotBuilder<Types> for NoSnapshots {
     type SnapshotData = ();
 
     async fn build_snapshot(&mut self) -> Result<openraft::alias::SnapshotOf<Types, ()>, io::Error> {
-        Err(no_snapshots())
+        let (last_log_id, last_membership) = self.applied.take().ok_or_else(no_snapshots)?;
+        let meta = openraft::alias::SnapshotMetaOf::<Types> { last_log_id, last_membership };
+        Ok(openraft::alias::SnapshotOf::<Types, ()> { meta, snapshot: () })
     }
 }
 

@@ -18,7 +18,7 @@ use prost::Message;
 
 use super::member::Member;
 use super::raft_types::{Entry, Payload, RaftMembership, from_position, to_position};
-use crate::state_machine::StoreTime;
+use crate::state_machine::{EntryContent, StoreTime};
 use crate::storage::LogRecord;
 
 const KIND_BLANK: u8 = 0;
@@ -121,6 +121,21 @@ pub(super) fn decode(record: LogRecord) -> Result<Entry, DecodeError> {
         Some(&kind) => return Err(DecodeError::UnknownKind(kind)),
     };
     Ok(Entry { log_id: from_position(record.position), payload })
+}
+
+/// What an entry is to the state machine, and the store time after it; `before` is that of the entry before.
+pub(super) fn content(payload: &Payload, before: StoreTime) -> Result<(StoreTime, EntryContent), DecodeError> {
+    Ok(match payload {
+        Payload::Blank => (before, EntryContent::Blank),
+        Payload::Normal(batch) => {
+            let (proposed, commands) = batch.decode()?;
+            // A batch proposed before its leader knew the store time of its predecessor's last one; the log's
+            // order makes this the same on every node.
+            let store_time = before.max(proposed);
+            (store_time, EntryContent::Commands { store_time, commands })
+        }
+        Payload::Membership(membership) => (before, EntryContent::Membership(encode_membership(membership))),
+    })
 }
 
 pub(super) fn encode_membership(membership: &RaftMembership) -> Bytes {

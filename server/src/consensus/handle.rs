@@ -11,6 +11,7 @@ use openraft::{SnapshotPolicy, StepDownPolicy};
 use tokio::sync::watch;
 
 use super::applier::Applier;
+use super::fingerprint::Fingerprints;
 use super::flusher::Persistence;
 use super::formation::{Formation, MembershipRefused};
 use super::gathering::{Gathering, Ticket};
@@ -119,6 +120,25 @@ pub enum StartError {
         /// Which one.
         task: &'static str,
     },
+    /// The state is not what the other members hold.
+    #[error(
+        "the state of this node was not the cluster's after log entry {index} (hash {ours:016x}, should be \
+         {right:016x}): it must not serve; remove the member from the cluster, empty its data directory and add it again"
+    )]
+    Diverged {
+        /// The entry after which the states were compared.
+        index: LogIndex,
+        /// The hash of this node's state.
+        ours: u64,
+        /// That of the cluster's.
+        right: u64,
+    },
+    /// As [`Diverged`](Self::Diverged), found in an earlier run.
+    #[error("this data directory was put aside: {found}")]
+    MarkedDiverged {
+        /// What was found then.
+        found: String,
+    },
     /// openraft refused, or ended with an error.
     #[error("consensus stopped: {0}")]
     Raft(String),
@@ -156,6 +176,8 @@ struct Inner {
     poison: Poison,
     transfer: Transfer,
     stewardship: Stewardship,
+    fingerprints: Arc<Fingerprints>,
+    peers: Peers,
 }
 
 impl Consensus {
@@ -211,6 +233,7 @@ impl Consensus {
             application_address: config.application_address,
             timings: config.timings,
         });
+        let fingerprints = Arc::new(Fingerprints::default());
         let transfer = Transfer { raft: raft.clone(), leadership: leadership.clone(), timings: config.timings };
         let steward = Steward {
             raft: raft.clone(),
@@ -229,10 +252,11 @@ impl Consensus {
             formation: formation.clone(),
             quarantine,
             stewardship: stewardship.clone(),
+            fingerprints: fingerprints.clone(),
         };
         let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max, &poison);
         let told_commit = peers.told_commit().clone();
-        watch_for_failure(&raft, &log, formation, peers, leadership.clone(), monitoring, &poison);
+        watch_for_failure(&raft, &log, formation, peers.clone(), leadership.clone(), monitoring, &poison);
         let inner = Inner {
             raft,
             log,
@@ -246,6 +270,8 @@ impl Consensus {
             poison,
             transfer,
             stewardship,
+            fingerprints,
+            peers,
         };
         Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
     }
@@ -352,6 +378,14 @@ impl Consensus {
     pub fn leader(&self) -> Option<LeaderInfo> {
         // What was published last may have ended since.
         self.inner.leadership.info().filter(|info| info.leader_id != self.inner.local.node_id || self.is_leader())
+    }
+
+    pub(super) fn fingerprints(&self) -> &Fingerprints {
+        &self.inner.fingerprints
+    }
+
+    pub(super) fn peers(&self) -> &Peers {
+        &self.inner.peers
     }
 
     /// Follows [`leader`](Self::leader): the latest state is always delivered.

@@ -13,7 +13,9 @@
 
 mod appends;
 mod applier;
+mod beginning;
 mod entry;
+mod fingerprint;
 mod flusher;
 mod formation;
 mod gathering;
@@ -33,6 +35,8 @@ mod steward;
 mod tests;
 mod transfer;
 
+pub use beginning::{Beginning, ReplayError, begin_alone, replay};
+pub use fingerprint::StateHash;
 pub use flusher::Persistence;
 pub use formation::MembershipRefused;
 pub use gathering::{Gathering, Ticket};

@@ -30,6 +30,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::appends::Appends;
 use super::entry;
+use super::fingerprint::StateHash;
 use super::member::Member;
 use super::raft_types::{LogId, RaftVote, Types, from_vote, to_position, to_vote};
 use super::read_index::Confirmation;
@@ -210,6 +211,31 @@ impl Peers {
         let response = within(self.stall, client.read_index(request)).await?.into_inner();
         let store_time = StoreTime(Duration::from_nanos(response.store_time_ns));
         Ok(Confirmation { index: LogIndex(response.index), store_time })
+    }
+}
+
+impl Peers {
+    /// Asks a member for the hash of its state after an entry.
+    pub(super) async fn state_hash(
+        &self,
+        to: u32,
+        member: &Member,
+        index: LogIndex,
+        patience: Duration,
+    ) -> Result<Option<StateHash>, Status> {
+        let request = v1::StateHashRequest { route: Some(self.route(to, member.incarnation)), index: index.get() };
+        let mut client = self.client(&member.peer_address, Lane::Control)?;
+        let v1::StateHashResponse { hash, kind } = within(patience, client.state_hash(request)).await?.into_inner();
+        Ok(hash.map(|hash| StateHash { index, kind, hash }))
+    }
+
+    /// Tells a member that its state is not the cluster's.
+    pub(super) async fn diverged(&self, to: u32, member: &Member, right: StateHash) -> Result<(), Status> {
+        let StateHash { index, kind, hash } = right;
+        let route = Some(self.route(to, member.incarnation));
+        let request = v1::DivergedRequest { route, index: index.get(), hash, kind };
+        let mut client = self.client(&member.peer_address, Lane::Control)?;
+        within(self.stall, client.diverged(request)).await.map(drop)
     }
 }
 

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use d_engine_proto::v1;
 use d_engine_proto::v1::peer_server::{Peer, PeerServer};
-use d_engine_proto::{DetailedStatus, ErrorCode};
+use d_engine_proto::{DetailedStatus, ErrorCode, LogIndex};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse};
@@ -31,6 +31,7 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::fingerprint::{Fingerprints, StateHash};
 use super::formation::Formation;
 use super::leadership::Leadership;
 use super::log::Log;
@@ -41,7 +42,7 @@ use super::raft_types::{Raft, RaftVote, Types};
 use super::read_index::ReadIndex;
 use super::steward::{Introduction, Stewardship};
 use crate::clock::Moment;
-use crate::limits::PEER_MESSAGE_BYTES_MAX;
+use crate::limits::{CHECK_PATIENCE, PEER_MESSAGE_BYTES_MAX};
 use crate::storage::Identity;
 use crate::tls::Tls;
 
@@ -91,6 +92,7 @@ pub(super) struct PeerService {
     pub(super) formation: Arc<Formation>,
     pub(super) quarantine: Quarantine,
     pub(super) stewardship: Stewardship,
+    pub(super) fingerprints: Arc<Fingerprints>,
 }
 
 /// What the peers talk to, ready to be added to a gRPC server.
@@ -261,5 +263,24 @@ impl Peer for Gate {
         let confirmed = self.0.read_index.as_leader().await.map_err(stopped)?;
         let store_time_ns = u64::try_from(confirmed.store_time.0.as_nanos()).unwrap_or(u64::MAX);
         Ok(Response::new(v1::ReadIndexResponse { index: confirmed.index.get(), store_time_ns }))
+    }
+
+    async fn state_hash(
+        &self,
+        request: Request<v1::StateHashRequest>,
+    ) -> Result<Response<v1::StateHashResponse>, Status> {
+        let request = request.into_inner();
+        self.0.admit(request.route.as_ref()).await?;
+        let hash = self.0.fingerprints.after(LogIndex(request.index), CHECK_PATIENCE).await;
+        let (hash, kind) = hash.map_or((None, 0), |hash| (Some(hash.hash), hash.kind));
+        Ok(Response::new(v1::StateHashResponse { hash, kind }))
+    }
+
+    async fn diverged(&self, request: Request<v1::DivergedRequest>) -> Result<Response<v1::DivergedResponse>, Status> {
+        let v1::DivergedRequest { route, index, hash, kind } = request.into_inner();
+        self.0.admit(route.as_ref()).await?;
+        // Which it finds out for itself.
+        self.0.fingerprints.accuse(StateHash { index: LogIndex(index), kind, hash });
+        Ok(Response::new(v1::DivergedResponse {}))
     }
 }

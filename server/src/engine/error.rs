@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use d_engine_proto::{ErrorCode, NodeId, Revision, v1};
 
+use crate::backup::BackupError;
 use crate::consensus::ChangeError;
 use crate::state_machine::kv::KvError;
 use crate::storage::StorageError;
@@ -105,6 +106,9 @@ pub enum EngineError {
     /// The node stopped with the write under way.
     #[error("the node stopped after it had accepted the write")]
     Stopped,
+    /// A backup cannot be made.
+    #[error("{0}")]
+    Backup(Arc<BackupError>),
     /// The disk failed.
     #[error("{0}")]
     Storage(Arc<StorageError>),
@@ -133,7 +137,7 @@ impl EngineError {
             Self::Behind { .. } => (ErrorCode::Behind, NotApplied),
             Self::LeadershipLost | Self::MemberChangeInterrupted(_) => (ErrorCode::LeadershipLost, Unknown),
             Self::Stopped => (ErrorCode::Unavailable, Unknown),
-            Self::Storage(_) => (ErrorCode::Internal, NotApplied),
+            Self::Storage(_) | Self::Backup(_) => (ErrorCode::Internal, NotApplied),
             Self::Watch(error) => (error.code(), NotApplied),
         };
         v1::ErrorDetail {

@@ -11,6 +11,8 @@
 //!
 //! What has earned its right and every write then waits until nothing is due any more: see `expiry`.
 
+mod backup;
+mod check;
 mod custom;
 mod error;
 mod expiry;
@@ -37,6 +39,7 @@ use d_engine_proto::{Revision, limits, v1};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+pub(crate) use check::refuse_if_marked;
 pub use custom::CustomEngine;
 pub use error::EngineError;
 pub(crate) use pipeline::{Answered, Pipeline};
@@ -47,6 +50,8 @@ use crate::metrics::Metrics;
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::StorageError;
 use crate::watch::{Hub, HubSettings};
+use backup::Backups;
+use check::Checks;
 use expiry::Expirer;
 use history::{Compactor, History};
 use renewals::Renewals;
@@ -86,7 +91,9 @@ pub struct EngineConfig {
     pub leases_enabled: bool,
     /// For how long past revisions are kept, in store time; `None`: until they are compacted by a request.
     pub history_retention: Option<Duration>,
-    /// Whose size is part of the status.
+    /// How often the leader has the members compare their states; `None`: only by request.
+    pub check_interval: Option<Duration>,
+    /// Whose size is part of the status. The first is marked if its state is found to be wrong.
     pub data_directories: Vec<PathBuf>,
 }
 
@@ -108,6 +115,8 @@ struct Inner {
     expirer: Expirer,
     renewals: Renewals,
     history: Arc<History>,
+    checks: Checks,
+    backups: Backups,
     started: Instant,
     /// Ended when this is dropped.
     _tasks: JoinSet<()>,
@@ -129,8 +138,29 @@ impl Engine {
                 let (consensus, kv, history) = (consensus.clone(), kv.clone(), history.clone());
                 tasks.spawn(poison.guard("the compaction", Compactor { consensus, kv, history, retention }.run()));
             }
+            tasks.spawn(poison.guard("the hashing of states", check::hash_states(kv.clone(), consensus.clone())));
+            let directory = config.data_directories.first().cloned();
+            tasks.spawn(poison.guard("the watch over the state", check::stop_if_wrong(consensus.clone(), directory)));
+            if let Some(interval) = config.check_interval {
+                let checking = check::check_periodically(engine.clone(), interval);
+                tasks.spawn(poison.guard("the comparison of states", checking));
+            }
+            let (checks, backups) =
+                (Checks::new(metrics.clone()), Backups::new(metrics, config.data_directories.first()));
             tasks.spawn(watch_writing(kv.failure(), poison.clone()));
-            Inner { consensus, kv, watches, config, expirer, renewals, history, started: Instant::now(), _tasks: tasks }
+            Inner {
+                consensus,
+                kv,
+                watches,
+                config,
+                expirer,
+                renewals,
+                history,
+                checks,
+                backups,
+                started: Instant::now(),
+                _tasks: tasks,
+            }
         };
         Self { inner: Arc::new_cyclic(inner) }
     }
@@ -163,7 +193,7 @@ impl Engine {
         let consensus = &self.inner.consensus;
         Some(v1::ResponseHeader {
             cluster_id: consensus.cluster_id().unwrap_or(0),
-            epoch: 0,
+            epoch: self.inner.kv.current().state().epoch.get(),
             revision: revision.get(),
             node_id: consensus.node_id().get(),
             term: consensus.term().get(),

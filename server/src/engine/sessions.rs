@@ -86,7 +86,8 @@ pub(super) fn take_session(change: &mut Change) -> Option<v1::SessionCall> {
         | Change::SessionRenew(_)
         | Change::SessionClose(_)
         | Change::Compact(_)
-        | Change::Tick(_) => None,
+        | Change::Tick(_)
+        | Change::StateCheck(_) => None,
     }
 }
 

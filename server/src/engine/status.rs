@@ -55,6 +55,7 @@ impl Engine {
             version: VERSION.to_owned(),
             ready: problem.is_none(),
             problem: problem.unwrap_or_default(),
+            alarm: self.inner.checks.alarm(),
             uptime_ms: u64::try_from(self.inner.started.elapsed().as_millis()).unwrap_or(u64::MAX),
         }
     }

@@ -36,6 +36,7 @@ fn config() -> EngineConfig {
         watches_enabled: true,
         leases_enabled: true,
         history_retention: None,
+        check_interval: None,
         data_directories: Vec::new(),
     }
 }

@@ -21,7 +21,7 @@ use crate::trace;
 const PACKAGE: &str = "/d_engine.v1.";
 
 /// The methods that are counted by name. Calls between members are not: they are heartbeats for the most part.
-const METHODS: [&str; 24] = [
+const METHODS: [&str; 26] = [
     "Cluster/ChangeMember",
     "Cluster/Members",
     "Cluster/Status",
@@ -40,7 +40,9 @@ const METHODS: [&str; 24] = [
     "Lease/Renew",
     "Lease/Revoke",
     "Lease/TimeToLive",
+    "Maintenance/Check",
     "Maintenance/Compact",
+    "Maintenance/Snapshot",
     "Pipeline/Exchange",
     "Session/Close",
     "Session/Register",

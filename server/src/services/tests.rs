@@ -79,6 +79,7 @@ impl Node {
             watches_enabled: config.raft.watch.enabled,
             leases_enabled: config.raft.state_machine.lease_enabled,
             history_retention: None,
+            check_interval: None,
             data_directories: vec![directory.path().to_owned()],
         };
         let engine = Engine::new(consensus, kv, engine_config, metrics.clone());

@@ -50,6 +50,8 @@ pub(super) enum Command {
     /// Forgets the history before the revision.
     Compact(Revision),
     Tick,
+    /// Without effect; the state after it is compared between members.
+    StateCheck,
 }
 
 /// A write without a condition.
@@ -189,6 +191,7 @@ impl TryFrom<v1::command::Command> for Command {
                 v1::compact_request::Target::OlderThanMs(_) => return Err(KvError::CompactByAge),
             },
             Wire::Tick(v1::Tick {}) => Self::Tick,
+            Wire::StateCheck(v1::StateCheck {}) => Self::StateCheck,
         })
     }
 }

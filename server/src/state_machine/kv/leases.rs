@@ -163,6 +163,11 @@ impl Leases {
         })
     }
 
+    /// Every lease as it is recorded, in the order of ids.
+    pub(super) fn records(&self) -> impl Iterator<Item = (LeaseId, Vec<u8>)> + '_ {
+        self.by_id.iter().map(|(id, lease)| (*id, lease.encode()))
+    }
+
     /// Takes a lease over as it was recorded. Its keys come later.
     pub(super) fn restore(&mut self, id: LeaseId, record: &Bytes) -> Result<(), Violation> {
         let stored = v1::StoredLease::decode(record.clone())

@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use d_engine_proto::Revision;
 use d_engine_proto::v1::{self, command_reply::Reply};
+use d_engine_proto::{LogIndex, Revision};
 use parking_lot::Mutex;
 use prost::Message;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::error::KvError;
 use super::past::PastRevision;
@@ -40,6 +40,9 @@ pub struct KvStateMachine {
     /// Follows `current` too.
     due: watch::Sender<Option<StoreTime>>,
     expired: AtomicU64,
+    /// The state that is to be compared with that of other members, until it is taken.
+    check: Mutex<Option<(LogIndex, Arc<Store>)>>,
+    check_asked: Notify,
 }
 
 /// Where a read at some revision is served from.
@@ -86,7 +89,9 @@ impl KvStateMachine {
         let recent = Recent::after(store.revision());
         let current = Arc::new(ArcSwap::from_pointee(store));
         let (applying, expired) = (Mutex::new(()), AtomicU64::new(0));
-        Ok(Self { current, applying, versions: Arc::new(versions), recent, revision, due, expired })
+        let versions = Arc::new(versions);
+        let (check, check_asked) = (Mutex::default(), Notify::new());
+        Ok(Self { current, applying, versions, recent, revision, due, expired, check, check_asked })
     }
 
     /// The store as of now: consistent, and unmoved by what is applied later. Dropped soon, since it keeps what it shows
@@ -99,6 +104,17 @@ impl KvStateMachine {
     /// Looks into the store as of now, without a reference of its own to it: for reads that are answered at once.
     pub(crate) fn look<T>(&self, read: impl FnOnce(&Store) -> T) -> T {
         read(&self.current.load())
+    }
+
+    /// Replaces the store by what `change` makes of it, apart from the log. Nobody must read or watch it yet.
+    pub(super) fn replace(&self, change: impl FnOnce(&mut Store) -> Submission) -> Result<StoreState, StorageError> {
+        let _applying = self.applying.lock();
+        let mut store = Store::clone(&self.current.load());
+        let submission = change(&mut store);
+        let state = submission.state.clone();
+        self.current.store(Arc::new(store));
+        self.versions.submit(submission)?;
+        Ok(state)
     }
 
     /// Where to read as of `revision`; 0 is the current one.
@@ -170,6 +186,17 @@ impl KvStateMachine {
         self.versions.failure()
     }
 
+    /// Waits for an entry after which members compare their states, and takes the state after it, the latest if there
+    /// are several.
+    pub async fn next_check(&self) -> (LogIndex, Arc<Store>) {
+        loop {
+            if let Some(check) = self.check.lock().take() {
+                return check;
+            }
+            self.check_asked.notified().await;
+        }
+    }
+
     /// Follows [`due`](Self::due): what has ended by then is gone from [`current`](Self::current).
     #[must_use]
     pub fn due_changes(&self) -> watch::Receiver<Option<StoreTime>> {
@@ -199,7 +226,12 @@ impl StateMachine for KvStateMachine {
         let revision = store.revision();
         let due = store.due();
         // In this order: who sees a revision finds its changes, and who sees a change can read it.
-        self.current.store(Arc::new(store));
+        let store = Arc::new(store);
+        self.current.store(Arc::clone(&store));
+        if store.checked() == Some(entry.position.index) {
+            *self.check.lock() = Some((entry.position.index, store));
+            self.check_asked.notify_one();
+        }
         self.recent.push(&changes);
         if *self.revision.borrow() != revision {
             self.revision.send_replace(revision);

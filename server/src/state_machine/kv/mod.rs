@@ -6,7 +6,9 @@
 //! gRPC or RocksDB; linearizability is the business of whoever calls.
 
 mod command;
+mod epoch;
 mod error;
+mod hash;
 mod invariants;
 mod keys;
 mod leases;
@@ -23,7 +25,9 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use epoch::REVISION_GAP;
 pub use error::{KeyText, KvError, ReadError};
+pub use hash::STATE_HASH_KIND;
 pub use leases::LeaseView;
 pub use machine::{KvStateMachine, ReadPoint};
 pub use past::{PastRevision, PastStore};

@@ -57,7 +57,7 @@ pub fn validate(command: &v1::Command) -> Result<(), KvError> {
             validate_session(session, revoke.session)?;
             validate_id(revoke.lease, "lease")
         }
-        Command::LeaseRenewals(_) | Command::Tick(_) => refuse_session(session),
+        Command::LeaseRenewals(_) | Command::Tick(_) | Command::StateCheck(_) => refuse_session(session),
         Command::SessionRegister(register) => {
             refuse_session(session)?;
             if register.ttl_ms == 0 { Ok(()) } else { validate_ttl(register.ttl_ms, SESSION_TTL_MS) }

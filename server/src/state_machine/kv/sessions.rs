@@ -116,6 +116,11 @@ impl Sessions {
         })
     }
 
+    /// Every session as it is recorded, in the order of ids.
+    pub(super) fn records(&self) -> impl Iterator<Item = (SessionId, Vec<u8>)> + '_ {
+        self.by_id.iter().map(|(id, session)| (*id, session.encode()))
+    }
+
     /// Takes a session over as it was recorded.
     pub(super) fn restore(&mut self, id: SessionId, record: &Bytes) -> Result<(), Violation> {
         let stored = v1::StoredSession::decode(record.clone())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use d_engine_proto::v1::{self, command_reply::Reply};
-use d_engine_proto::{LeaseId, Revision, SessionId};
+use d_engine_proto::{LeaseId, LogIndex, Revision, SessionId};
 use prost::Message;
 
 use super::command::{Call, Command, Interval, Proposal, RangePart, RangeQuery};
@@ -35,6 +35,8 @@ pub struct Store {
     pub(super) sessions: Sessions,
     /// `compacted <= revision`; no lease and no session has a greater id than the last one given.
     pub(super) state: StoreState,
+    /// The last entry of this run that asked for a comparison with other members. No part of the state.
+    pub(super) checked: Option<LogIndex>,
 }
 
 /// What applying an entry led to.
@@ -118,6 +120,12 @@ impl Store {
     #[must_use]
     pub fn state(&self) -> &StoreState {
         &self.state
+    }
+
+    /// The last entry since the start after which members compare their states.
+    #[must_use]
+    pub fn checked(&self) -> Option<LogIndex> {
+        self.checked
     }
 
     /// When the next lease or session is due; it ends with the first entry at this store time or later.
@@ -333,6 +341,10 @@ impl Store {
                 Ok(Reply::Compact(v1::CompactResponse { header: None, compacted_revision }))
             }
             Command::Tick => Ok(Reply::Ticked(v1::Ticked {})),
+            Command::StateCheck => {
+                self.checked = self.state.position.map(|position| position.index);
+                Ok(Reply::Ticked(v1::Ticked {}))
+            }
         }
     }
 

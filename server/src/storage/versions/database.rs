@@ -9,11 +9,12 @@
 
 use std::path::Path;
 
+use d_engine_proto::Epoch;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, ErrorKind, Options, WriteBatch, WriteOptions};
 
 use super::StoreState;
-use super::encoding::{self, Malformed, STATE_KEY};
+use super::encoding::{self, EPOCH_KEY, Malformed, STATE_KEY};
 use crate::storage::StorageError;
 use crate::storage::directory::{self, Directory, Layout};
 
@@ -56,7 +57,7 @@ impl Database {
         options.set_write_buffer_size(MEMTABLE_BYTES);
         let rocks = DB::open(&options, path).map_err(|error| open_error(path, &error))?;
         let mut database = Self { rocks, directory };
-        let state = if is_new { database.begin()? } else { database.read_state()? };
+        let state = if is_new { database.begin()? } else { read_state(&database.rocks, path)? };
         Ok((database, state))
     }
 
@@ -88,11 +89,7 @@ impl Database {
         // Asked of the copy itself: the database has gone on.
         let refused = |error| open_error(into, &error);
         let copy = DB::open_for_read_only(&Options::default(), into, false).map_err(refused)?;
-        let record = copy.get_pinned(STATE_KEY).map_err(refused)?;
-        let malformed = |message| StorageError::Corrupt { what: "state record".to_owned(), path: into.into(), message };
-        let record = record.ok_or_else(|| malformed("it is missing".to_owned()))?;
-        let state = encoding::decode_state(&record).map_err(|error| malformed(error.to_string()))?;
-        drop(record);
+        let state = read_state(&copy, into)?;
         drop(copy);
         directory::seal_made(into, LAYOUT)?;
         Ok(state)
@@ -124,12 +121,20 @@ impl Database {
         self.directory.seal()?;
         Ok(state)
     }
+}
 
-    fn read_state(&self) -> Result<StoreState, StorageError> {
-        let record = self.rocks.get_pinned(STATE_KEY).map_err(|error| self.failed("read versions in", &error))?;
-        let record = record.ok_or_else(|| self.corrupt("state record", "it is missing".to_owned()))?;
-        encoding::decode_state(&record).map_err(|malformed| self.corrupt("state record", malformed.to_string()))
-    }
+/// The state that a directory stands for.
+fn read_state(rocks: &DB, path: &Path) -> Result<StoreState, StorageError> {
+    let corrupt =
+        |what: &str, message: String| StorageError::Corrupt { what: what.to_owned(), path: path.into(), message };
+    let refused = |error: rocksdb::Error| open_error(path, &error);
+    let record = rocks.get_pinned(STATE_KEY).map_err(refused)?;
+    let record = record.ok_or_else(|| corrupt("state record", "it is missing".to_owned()))?;
+    let state = encoding::decode_state(&record).map_err(|error| corrupt("state record", error.to_string()))?;
+    let epoch =
+        rocks.get_pinned(EPOCH_KEY).map_err(refused)?.map_or(Ok(Epoch(0)), |record| encoding::decode_epoch(&record));
+    let epoch = epoch.map_err(|error| corrupt("epoch record", error.to_string()))?;
+    Ok(StoreState { epoch, ..state })
 }
 
 fn open_error(path: &Path, error: &rocksdb::Error) -> StorageError {

@@ -9,6 +9,7 @@
 //! e <revision> <key>                   checksum, kind, revision of the version before or 0, bytes of its value
 //! l <lease id>                         checksum, the lease
 //! m                                    checksum, state
+//! n                                    checksum, restore epoch; missing: 0
 //! s <session id>                       checksum, the session
 //! v <escaped key> 00 01 <revision>     checksum, kind [, create revision, version, lease, value]
 //! ```
@@ -19,13 +20,16 @@
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut, TryGetError};
-use d_engine_proto::{LeaseId, LogIndex, Revision, SessionId, Term};
+use d_engine_proto::{Epoch, LeaseId, LogIndex, Revision, SessionId, Term};
 
 use super::{Change, KeyVersion, RecordKey, StoreState};
 use crate::storage::LogPosition;
 
 /// Key of the state record.
 pub(super) const STATE_KEY: &[u8] = b"m";
+
+/// Key of the record of the restore epoch, which is younger than the state's.
+pub(super) const EPOCH_KEY: &[u8] = b"n";
 
 const INDEX_TAG: u8 = b'e';
 /// First byte string after every key of the index.
@@ -278,7 +282,7 @@ pub(super) fn encode_state(state: &StoreState) -> Vec<u8> {
     out
 }
 
-/// What [`encode_state`] wrote.
+/// What [`encode_state`] wrote: all but the epoch.
 pub(super) fn decode_state(mut record: &[u8]) -> Result<StoreState, Malformed> {
     if record.try_get_u32()? != checksum(STATE_KEY, record) {
         return Err(Malformed::Checksum);
@@ -291,7 +295,25 @@ pub(super) fn decode_state(mut record: &[u8]) -> Result<StoreState, Malformed> {
     let last_session = SessionId(record.try_get_u64()?);
     let position = get_position(&mut record)?;
     let membership = get_position(&mut record)?.map(|position| (position, Bytes::copy_from_slice(record)));
-    Ok(StoreState { position, store_time, membership, revision, compacted, last_lease, last_session })
+    let epoch = Epoch(0);
+    Ok(StoreState { position, store_time, membership, revision, compacted, last_lease, last_session, epoch })
+}
+
+/// The record of the restore epoch.
+pub(super) fn encode_epoch(epoch: Epoch) -> Vec<u8> {
+    let mut out = Vec::with_capacity(CHECKSUM_BYTES + 8);
+    out.put_u32(0);
+    out.put_u64(epoch.get());
+    put_checksum(&mut out, EPOCH_KEY);
+    out
+}
+
+/// What [`encode_epoch`] wrote.
+pub(super) fn decode_epoch(mut record: &[u8]) -> Result<Epoch, Malformed> {
+    if record.try_get_u32()? != checksum(EPOCH_KEY, record) {
+        return Err(Malformed::Checksum);
+    }
+    Ok(Epoch(record.try_get_u64()?))
 }
 
 fn put_position(out: &mut Vec<u8>, position: Option<LogPosition>) {
@@ -457,7 +479,10 @@ mod tests {
     #[test]
     fn the_state_survives_its_encoding_and_damage_is_noticed() {
         let position = |index| LogPosition { term: Term(4), index: LogIndex(index) };
+        assert_eq!(decode_epoch(&encode_epoch(Epoch(7))), Ok(Epoch(7)));
+        assert_damage_is_noticed(&[], &encode_epoch(Epoch(7)), |_, record| decode_epoch(record).is_err());
         let full = StoreState {
+            epoch: Epoch(0),
             position: Some(position(17)),
             store_time: Duration::new(5, 6),
             membership: Some((position(3), Bytes::from_static(b"members"))),

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use d_engine_proto::{LeaseId, Revision, SessionId};
+use d_engine_proto::{Epoch, LeaseId, Revision, SessionId};
 use tokio::sync::watch;
 
 pub use cursor::Cursor;
@@ -126,6 +126,8 @@ pub struct StoreState {
     pub last_lease: LeaseId,
     /// The greatest session id ever given.
     pub last_session: SessionId,
+    /// How often the store was restored from a backup.
+    pub epoch: Epoch,
 }
 
 /// Which end of an interval comes first.

@@ -17,14 +17,14 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use d_engine_proto::Revision;
+use d_engine_proto::{Epoch, Revision};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rocksdb::WriteBatch;
 use tokio::sync::watch;
 
 use super::cleaner::{Cleaned, Cleaner};
 use super::database::Database;
-use super::encoding::{self, IndexEntry, STATE_KEY};
+use super::encoding::{self, EPOCH_KEY, IndexEntry, STATE_KEY};
 use super::{Change, RecordKey, RecordValue, StoreState, Submission};
 use crate::storage::{LogPosition, StorageError};
 
@@ -419,6 +419,9 @@ impl Encoder {
     fn encode(&mut self, batch: &Batch) -> WriteBatch {
         let mut out = WriteBatch::default();
         out.put(STATE_KEY, encoding::encode_state(&batch.state));
+        if batch.state.epoch != Epoch(0) {
+            out.put(EPOCH_KEY, encoding::encode_epoch(batch.state.epoch));
+        }
         for (key, value) in &batch.records {
             let key = encoding::record_key(*key);
             match value {

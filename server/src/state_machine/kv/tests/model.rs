@@ -343,7 +343,7 @@ impl Step<'_> {
                 self.state.compacted = revision;
                 Reply::Compact(v1::CompactResponse { header: None, compacted_revision: revision })
             }
-            Command::Tick(v1::Tick {}) => Reply::Ticked(v1::Ticked {}),
+            Command::Tick(_) | Command::StateCheck(_) => Reply::Ticked(v1::Ticked {}),
         };
         let fits = match &reply {
             Reply::DeleteRange(delete) => bytes_of_kvs(&delete.previous) <= limits::ANSWER_BYTES_MAX,
@@ -489,7 +489,7 @@ fn valid(command: &v1::Command) -> bool {
         Command::Txn(txn) if valid_txn(txn) => true,
         Command::LeaseGrant(grant) if valid_ttl(grant.ttl_ms) && grant.lease < 1 << 63 => true,
         Command::LeaseRevoke(revoke) if revoke.lease != 0 => true,
-        Command::LeaseRenewals(_) | Command::Tick(_) => false,
+        Command::LeaseRenewals(_) | Command::Tick(_) | Command::StateCheck(_) => false,
         Command::SessionRegister(register) if matches!(register.ttl_ms, 0 | 1000..=3_600_000) => false,
         Command::SessionRenew(renew) if renew.session != 0 => false,
         Command::SessionClose(close) if close.session != 0 => false,

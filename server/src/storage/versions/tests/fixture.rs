@@ -16,6 +16,7 @@ fn final_state() -> StoreState {
         compacted: Revision(2),
         last_lease: LeaseId(7),
         last_session: SessionId(8),
+        epoch: Epoch(0),
     }
 }
 
