@@ -54,16 +54,8 @@ pub enum Fault {
 }
 
 impl Fault {
-    const WITHOUT_NETWORK: [fn(Target) -> Self; 8] = [
-        Self::Kill,
-        Self::Kill,
-        Self::Pause,
-        Self::Pause,
-        Self::Stop,
-        Self::Transfer,
-        Self::Demote,
-        Self::Replace,
-    ];
+    const WITHOUT_NETWORK: [fn(Target) -> Self; 8] =
+        [Self::Kill, Self::Kill, Self::Pause, Self::Pause, Self::Stop, Self::Transfer, Self::Demote, Self::Replace];
     const WITH_NETWORK: [fn(Target) -> Self; 12] = [
         Self::Kill,
         Self::Kill,
@@ -264,7 +256,10 @@ async fn inflict(cluster: &mut Cluster, fault: Fault, victim: u32, lasting: Dura
             .await;
             let node = cluster.node_mut(victim);
             let (well, output) = node.exit().await;
-            assert!(!well && output.contains("was removed from the cluster"), "it stopped for another reason:\n{output}");
+            assert!(
+                !well && output.contains("was removed from the cluster"),
+                "it stopped for another reason:\n{output}"
+            );
             wait::pass(lasting).await;
             node.lose_data();
             node.start();

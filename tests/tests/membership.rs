@@ -56,7 +56,7 @@ impl Load {
             longest = longest.max(slowest);
         }
         println!("{what}: {calls} calls, none failed, the slowest pair took {longest:?}");
-        assert!(calls > 100, "too little happened to show anything");
+        assert!(calls >= 16, "not everybody was served");
     }
 }
 
@@ -251,7 +251,8 @@ fn two_nodes_that_do_not_see_each_other_take_no_write_and_go_on_when_they_do() {
         let client = client(&cluster, 2);
         client.put("key", "before").await.unwrap();
         cluster.network().unwrap().sever(End::Node(1), End::Node(2));
-        let hasty = Client::builder().endpoints(cluster.addresses()).call_timeout(Duration::from_secs(2)).build().unwrap();
+        let hasty =
+            Client::builder().endpoints(cluster.addresses()).call_timeout(Duration::from_secs(2)).build().unwrap();
         assert!(hasty.put("key", "alone").await.is_err(), "half of two is no majority");
         cluster.network().unwrap().heal();
         client.put("key", "healed").await.unwrap();

@@ -358,6 +358,7 @@ pub(crate) fn introduce(nodes: &[StoreNode]) {
             peer_address: node.address.clone(),
             client_address: node.address.clone(),
             application_address: String::new(),
+            promotable: false,
         })
         .collect();
     for node in nodes {

@@ -140,7 +140,8 @@ fn members(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
         return Err(invalid(config, KEY, problem, remedy));
     }
     if !members.iter().any(|member| member.role == MemberRole::Voter && member.status == MemberStatus::Active) {
-        let remedy = "make at least one of them an active voter, better three; a node that joins lists one that is there";
+        let remedy =
+            "make at least one of them an active voter, better three; a node that joins lists one that is there";
         return Err(invalid(config, KEY, "no active member votes, so nobody could lead".into(), remedy));
     }
     config.cluster.initial_cluster = members;

@@ -206,6 +206,10 @@ impl Formation {
                     }
                     period = HELLO_PERIOD;
                 } else {
+                    if missing.is_empty() {
+                        // Whoever leads was told, but may lead no more before it has recorded it: say it again.
+                        hellos.clear();
+                    }
                     period = (2 * period).min(HELLO_PERIOD_MAX);
                 }
             } else if missing.is_empty() && alone && self.is_founder() {
@@ -277,11 +281,8 @@ impl Formation {
         }
         for initial in &self.initial_cluster {
             // A founding member that was removed is not waited for, nor one that joins later.
-            let awaited = if standing.is_member {
-                standing.members.contains_key(&initial.id)
-            } else {
-                !initial.joining
-            };
+            let awaited =
+                if standing.is_member { standing.members.contains_key(&initial.id) } else { !initial.joining };
             let known = addresses.entry(initial.id).or_default();
             if awaited && !known.contains(&initial.address) {
                 known.push(initial.address.clone());

@@ -185,8 +185,7 @@ impl Consensus {
             application_address: config.application_address,
             timings: config.timings,
         });
-        let transfer =
-            Transfer { raft: raft.clone(), leadership: leadership.clone(), timings: config.timings };
+        let transfer = Transfer { raft: raft.clone(), leadership: leadership.clone(), timings: config.timings };
         let steward = Steward {
             raft: raft.clone(),
             peers: peers.clone(),

@@ -282,7 +282,12 @@ async fn store_time_goes_on_under_the_next_leader_from_what_was_applied() {
 async fn store_time_stands_still_while_nobody_leads() {
     let engine = Arc::new(MemoryStorageEngine::default());
     let mut listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false, joining: false }];
+    let members = [v1::InitialMember {
+        id: 1,
+        address: listener.local_addr().unwrap().to_string(),
+        learner: false,
+        joining: false,
+    }];
     let mut last = None;
     for _ in 0..3 {
         let started = Moment::now();
@@ -352,7 +357,12 @@ async fn a_restarted_node_replays_its_log_and_keeps_its_identity() {
 async fn another_nodes_directory_is_refused() {
     let engine = Arc::new(MemoryStorageEngine::default());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false, joining: false }];
+    let members = [v1::InitialMember {
+        id: 1,
+        address: listener.local_addr().unwrap().to_string(),
+        learner: false,
+        joining: false,
+    }];
     Node::start(1, &members, engine.clone(), listener).await.stop().await;
     let config = ConsensusConfig {
         node_id: NodeId(2),

@@ -59,7 +59,12 @@ impl Node {
         let metrics = Arc::new(Metrics::new());
         let consensus_config = ConsensusConfig {
             node_id: NodeId(1),
-            initial_cluster: vec![v1::InitialMember { id: 1, address: address.to_string(), learner: false, joining: false }],
+            initial_cluster: vec![v1::InitialMember {
+                id: 1,
+                address: address.to_string(),
+                learner: false,
+                joining: false,
+            }],
             client_address: address.to_string(),
             application_address: String::new(),
             timings: config.raft.timings(),

@@ -198,7 +198,10 @@ async fn both_members_of_a_cluster_find_each_other_after_both_have_moved() {
     let node = &cluster.nodes[0];
     let recorded = || {
         let membership = node.consensus.membership();
-        places.iter().zip([1, 2]).all(|(place, id)| membership.get(NodeId(id)).is_some_and(|m| m.peer_address == *place))
+        places
+            .iter()
+            .zip([1, 2])
+            .all(|(place, id)| membership.get(NodeId(id)).is_some_and(|m| m.peer_address == *place))
     };
     until("the membership says where they are", recorded).await;
 }

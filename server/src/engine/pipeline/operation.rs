@@ -163,10 +163,7 @@ fn detached<M: Message + Default>(message: M) -> M {
 impl Other {
     /// Whether it can be dropped at any time, and has changed nothing then.
     pub(super) fn is_read(&self) -> bool {
-        !matches!(
-            self,
-            Self::LeaseRenew(_) | Self::Compact(_) | Self::ChangeMember(_) | Self::TransferLeadership(_)
-        )
+        !matches!(self, Self::LeaseRenew(_) | Self::Compact(_) | Self::ChangeMember(_) | Self::TransferLeadership(_))
     }
 
     /// Does it, and ends at the deadline.
