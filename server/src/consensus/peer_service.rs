@@ -215,7 +215,7 @@ impl Peer for Gate {
 
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
         let request = request.into_inner();
-        let route = request.route.clone().ok_or_else(|| Status::invalid_argument("the message lacks its route"))?;
+        let route = request.route.ok_or_else(|| Status::invalid_argument("the message lacks its route"))?;
         if let Some(introduction) = Introduction::of(request) {
             self.0.stewardship.introduce(introduction);
         }
