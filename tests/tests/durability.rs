@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 const ENGINES: [&str; 2] = ["RocksDB", "Segments"];
 const ROUNDS: usize = 2;
 const WRITERS: usize = 16;
-const WRITES_PER_ROUND: usize = 600;
+const WRITES_PER_ROUND: usize = 400;
 
 /// A call that dies with the nodes is given up soon.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -67,20 +67,20 @@ async fn every_process_is_killed(persistence: &str) {
         cluster.start_all().await;
         cluster.reign().await;
         let done = Arc::new(AtomicUsize::new(0));
+        let killed = Arc::new(AtomicBool::new(false));
         let mut writers = JoinSet::new();
         for writer in 0..WRITERS {
-            let (addresses, done) = (cluster.addresses(), done.clone());
+            let (addresses, done, killed) = (cluster.addresses(), done.clone(), killed.clone());
             writers.spawn(async move {
                 let client = Client::builder().endpoints(addresses).call_timeout(CALL_TIMEOUT).connect().await.unwrap();
                 let mut own = Vec::new();
-                for count in 0.. {
+                for count in (0..).take_while(|_| !killed.load(Ordering::Relaxed)) {
                     let key = format!("key-{round}-{writer}-{count}");
                     let value = Bytes::from(key.repeat(count % 40 + 1));
-                    if client.put(key.clone(), value.clone()).await.is_err() {
-                        break;
+                    if client.put(key.clone(), value.clone()).await.is_ok() {
+                        done.fetch_add(1, Ordering::Relaxed);
+                        own.push((key, value));
                     }
-                    done.fetch_add(1, Ordering::Relaxed);
-                    own.push((key, value));
                 }
                 own
             });
@@ -92,6 +92,7 @@ async fn every_process_is_killed(persistence: &str) {
         for id in 1..=3 {
             cluster.node_mut(id).kill();
         }
+        killed.store(true, Ordering::Relaxed);
         while let Some(own) = writers.join_next().await {
             acknowledged.extend(own.unwrap());
         }
