@@ -96,7 +96,8 @@ mod tests {
     fn whatever_differs_shows() {
         let hash = store().hash();
         assert_eq!(hash, store().hash(), "the same state, made anew");
-        let changes: [(&str, fn(&mut Store)); 9] = [
+        type Alteration = fn(&mut Store);
+        let changes: [(&str, Alteration); 9] = [
             ("a value", |store| store.restore_key(version(b"b", b"3"))),
             ("where a key ends", |store| {
                 store.keys.remove(b"a");
@@ -106,7 +107,9 @@ mod tests {
             ("a version", |store| drop(store.keys.insert(Arc::new(KeyVersion { version: 1, ..version(b"a", b"1") })))),
             ("a key's lease", |store| store.restore_key(KeyVersion { lease: LeaseId(7), ..version(b"a", b"1") })),
             ("a lease", |store| drop(store.leases.close(LeaseId(7)))),
-            ("a deadline", |store| drop(store.sessions.renew(SessionId(3), StoreTime::default().after_ms(1)).unwrap())),
+            ("a deadline", |store| {
+                store.sessions.renew(SessionId(3), StoreTime::default().after_ms(1)).unwrap();
+            }),
             ("the revision", |store| store.state.revision = Revision(9)),
             ("the time", |store| store.state.store_time = std::time::Duration::from_nanos(1)),
         ];
