@@ -22,7 +22,7 @@ const MAGIC: &[u8; 16] = b"d-engine archive";
 /// The newest format known, and the one written.
 pub const FORMAT_VERSION: u32 = 1;
 
-const HEAD_BYTES: u64 = MAGIC.len() as u64 + 4;
+const HEAD_BYTES: usize = MAGIC.len() + 4;
 const FRAME_HEAD_BYTES: usize = 9;
 const KIND_MANIFEST: u8 = 1;
 const KIND_CHUNK: u8 = 2;
@@ -77,7 +77,7 @@ pub(super) fn write(
 pub(super) fn length(manifest: &v1::ArchiveManifest) -> u64 {
     let content: u64 = manifest.files.iter().map(|file| file.bytes).sum();
     let frames = 2 + content.div_ceil(CHUNK_BYTES as u64);
-    HEAD_BYTES + frames * FRAME_HEAD_BYTES as u64 + manifest.encoded_len() as u64 + content + END_BYTES as u64
+    HEAD_BYTES as u64 + frames * FRAME_HEAD_BYTES as u64 + manifest.encoded_len() as u64 + content + END_BYTES as u64
 }
 
 struct Frames<'a, W: Write> {
@@ -135,7 +135,7 @@ impl Archive {
         if !begins_as_one.map_err(io_error("read", path))? {
             return Err(archive.foreign());
         }
-        let mut head = [0; HEAD_BYTES as usize];
+        let mut head = [0; HEAD_BYTES];
         archive.fill(&mut head)?;
         let version = head[MAGIC.len()..].iter().fold(0, |version, byte| (version << 8) | u32::from(*byte));
         if version > FORMAT_VERSION {

@@ -9,7 +9,6 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use d_engine_proto::{Epoch, NodeId, Revision};
 
@@ -17,8 +16,8 @@ use super::{Archive, BackupError, io_error};
 use crate::consensus::{Member, begin_alone, replay};
 use crate::node::{LOG_DIRECTORY, STATE_DIRECTORY};
 use crate::state_machine::kv::KvStateMachine;
-use crate::storage::RocksDBStorageEngine;
-use crate::storage::versions::StoreState;
+use crate::storage::versions::{StoreState, VersionStore};
+use crate::storage::{Durability, RocksDBStorageEngine, StorageEngine};
 
 /// Holds what is not whole yet.
 const UNFINISHED: &str = "restoring";
@@ -116,7 +115,9 @@ fn build(
     let built = fill(&unfinished.join(STATE_DIRECTORY)).and_then(|kv| begin(node, &unfinished, kv));
     if built.is_err() {
         // What was begun is of no use; the error says what counts.
-        let _ = fs::remove_dir_all(&unfinished);
+        for begun in [&root.join(LOG_DIRECTORY), &root.join(STATE_DIRECTORY), &unfinished] {
+            let _ = fs::remove_dir_all(begun);
+        }
     }
     built
 }
@@ -144,11 +145,7 @@ fn begin(node: &NewNode, unfinished: &Path, kv: KvStateMachine) -> Result<Restor
     };
     drop(kv);
     let log = unfinished.join(LOG_DIRECTORY);
-    crate::storage::StorageEngine::write(
-        &RocksDBStorageEngine::open(&log)?,
-        &beginning.operations,
-        crate::storage::Durability::Fsync,
-    )?;
+    RocksDBStorageEngine::open(&log)?.write(&beginning.operations, Durability::Fsync)?;
     let root = &node.data_directory;
     for directory in [LOG_DIRECTORY, STATE_DIRECTORY] {
         fs::rename(unfinished.join(directory), root.join(directory)).map_err(io_error("move into", root))?;
@@ -162,8 +159,7 @@ fn begin(node: &NewNode, unfinished: &Path, kv: KvStateMachine) -> Result<Restor
 
 /// Copies the state of a survivor by its own means, so that what is not whole is noticed.
 fn copy(from: &Path, into: &Path) -> Result<(), BackupError> {
-    let survivor = Arc::new(KvStateMachine::open(from)?);
-    survivor.history().checkpoint(into)?;
+    VersionStore::open(from)?.checkpoint(into)?;
     Ok(())
 }
 

@@ -81,7 +81,7 @@ impl Backup {
 impl Drop for Backup {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.directory) {
-            tracing::warn!(directory = %self.directory.display(), %error, "the copy for a backup stays until the next start");
+            tracing::warn!(directory = %self.directory.display(), %error, "the copy for a backup stays until the next one");
         }
     }
 }

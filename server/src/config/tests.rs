@@ -396,7 +396,7 @@ fn bounds_that_would_let_nothing_through_are_refused() {
     assert_refused(&retention("999"), &["n1.toml:2: raft.state_machine.history.retention_ms", "1000 to", "or 0"]);
     assert_refused(&retention("31536000001"), &["raft.state_machine.history.retention_ms", "31536000000"]);
     assert_refused(
-        &"[raft.state_machine]\ncheck_interval_ms = 99",
+        "[raft.state_machine]\ncheck_interval_ms = 99",
         &["raft.state_machine.check_interval_ms", "100 or more"],
     );
     assert!(load(&retention("0")).unwrap().raft.state_machine.history_retention.is_zero());

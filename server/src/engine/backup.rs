@@ -17,7 +17,8 @@ use crate::clock::unix_time;
 use crate::limits::{BACKUP_PIECE_BYTES, BACKUP_PIECES_WAITING_MAX};
 use crate::metrics::Metrics;
 
-/// Name of the directory below the data directory in which backups are made; emptied at every start.
+/// Name of the directory below the data directory in which backups are made; what a killed run left there goes with the
+/// next one.
 const DIRECTORY: &str = "backup";
 
 /// What backups share.

@@ -40,6 +40,7 @@ pub(super) enum Wait {
 }
 
 /// What became of a read that was tried.
+#[expect(clippy::large_enum_variant, reason = "it is moved once; a box would be an allocation for every read")]
 pub(super) enum Outcome {
     Answered(Result<Reply, EngineError>),
     Waits(Wait),

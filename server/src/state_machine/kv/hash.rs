@@ -96,7 +96,8 @@ mod tests {
     fn whatever_differs_shows() {
         let hash = store().hash();
         assert_eq!(hash, store().hash(), "the same state, made anew");
-        let changes: [(&str, fn(&mut Store)); 9] = [
+        type Alteration = fn(&mut Store);
+        let changes: [(&str, Alteration); 9] = [
             ("a value", |store| store.restore_key(version(b"b", b"3"))),
             ("where a key ends", |store| {
                 store.keys.remove(b"a");
