@@ -3,9 +3,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use d_engine::prelude::*;
+use d_engine::proto::v1;
 use d_engine_example_custom_state_machine::{Answer, Command, JobQueue, Question};
 use d_engine_tests::embedded::Fleet;
 use d_engine_tests::process::{Process, bound_to_this_thread};
@@ -117,7 +117,10 @@ async fn three_nodes_have_one_queue_and_go_on_without_one() {
         }
     }
     // One of three is no majority: it says so, and does not answer from what it has.
-    assert!(engines[0].wait_ready(Duration::from_millis(1)).await.is_err() || !engines[0].is_leader());
+    let last = &engines[0];
+    wait::until("the last one to notice", PATIENCE, || async { (!last.is_leader()).then_some(()) }).await;
+    assert_eq!(tell(&last.client(), &add("work")).await.unwrap_err().outcome(), v1::Outcome::NotApplied);
+    assert!(counts(&last.client()).await.is_err());
     for engine in engines {
         engine.stop().await.unwrap();
     }

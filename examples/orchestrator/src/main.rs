@@ -118,4 +118,5 @@ async fn work(engine: &EmbeddedEngine, ledger: &Ledger, token: Token) {
             return;
         }
     }
+    println!("leads no more");
 }

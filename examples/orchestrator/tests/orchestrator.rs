@@ -61,18 +61,18 @@ async fn a_paused_leader_is_refused_by_its_token() {
     for _ in 0..20 {
         let leader = workers.works_after(token).await;
         let process = &workers.processes[&leader.node];
-        let before = process.output().matches("refused").count();
+        let said = |what: &str| process.output().matches(what).count();
+        let (refused, ended) = (said("refused"), said("leads no more"));
         process.pause();
         let successor = workers.works_after(Some(leader.token)).await;
         assert_ne!(successor.node, leader.node);
         process.resume();
         // The step that was under way ends: refused, unless there was none at that moment.
-        let noticed = || async {
-            (process.output().matches("leads no more").count() + process.output().matches("refused").count() > before)
-                .then_some(())
-        };
-        wait::until("the paused leader to notice", PATIENCE, noticed).await;
-        refusals += process.output().matches("refused").count() - before;
+        wait::until("the paused leader to notice", PATIENCE, || async {
+            (said("refused") + said("leads no more") > refused + ended).then_some(())
+        })
+        .await;
+        refusals += said("refused") - refused;
         token = Some(leader.token);
         workers.check();
         if refusals >= 2 {
@@ -96,7 +96,7 @@ async fn another_one_works_when_the_leader_is_killed() {
         workers.run(leader.node);
         workers.check();
     }
-    for (_, process) in &mut workers.processes {
+    for process in workers.processes.values_mut() {
         assert!(process.stop(PATIENCE).await.success(), "{}", process.output());
     }
 }
