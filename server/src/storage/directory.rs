@@ -141,6 +141,21 @@ impl Directory {
     }
 }
 
+/// Declares a directory that somebody else filled complete. Its files must be durable already; on return so are their
+/// names and the declaration.
+pub(super) fn seal_made(path: &Path, layout: Layout) -> Result<(), StorageError> {
+    let seal = || {
+        let mut file = File::create(path.join(FORMAT_NEW))?;
+        file.write_all(marker(layout).as_bytes())?;
+        file.sync_all()?;
+        let directory = File::open(path)?;
+        directory.sync_all()?;
+        fs::rename(path.join(FORMAT_NEW), path.join(FORMAT))?;
+        directory.sync_all()
+    };
+    seal().map_err(|error| io_error("complete directory", path, &error))
+}
+
 /// Bytes on disk of everything below `path`; what vanishes or cannot be read meanwhile counts nothing.
 #[must_use]
 pub fn disk_bytes(path: &Path) -> u64 {

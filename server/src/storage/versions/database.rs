@@ -9,12 +9,13 @@
 
 use std::path::Path;
 
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{BlockBasedOptions, Cache, DB, DBCompressionType, ErrorKind, Options, WriteBatch, WriteOptions};
 
 use super::StoreState;
 use super::encoding::{self, Malformed, STATE_KEY};
 use crate::storage::StorageError;
-use crate::storage::directory::{Directory, Layout};
+use crate::storage::directory::{self, Directory, Layout};
 
 const LAYOUT: Layout = Layout { kind: "versions", version: 2, oldest: 2 };
 
@@ -77,6 +78,24 @@ impl Database {
     /// Makes every batch written so far durable.
     pub(super) fn flush(&self) -> Result<(), rocksdb::Error> {
         self.rocks.flush()
+    }
+
+    /// Makes every batch written so far durable and links the files into a new directory `into`, which holds those
+    /// batches, perhaps a few more, and the state of exactly the last of them. On return it is durable.
+    pub(super) fn checkpoint(&self, into: &Path) -> Result<StoreState, StorageError> {
+        let linked = Checkpoint::new(&self.rocks).and_then(|checkpoint| checkpoint.create_checkpoint(into));
+        linked.map_err(|error| self.failed("copy versions of", &error))?;
+        // Asked of the copy itself: the database has gone on.
+        let refused = |error| open_error(into, &error);
+        let copy = DB::open_for_read_only(&Options::default(), into, false).map_err(refused)?;
+        let record = copy.get_pinned(STATE_KEY).map_err(refused)?;
+        let malformed = |message| StorageError::Corrupt { what: "state record".to_owned(), path: into.into(), message };
+        let record = record.ok_or_else(|| malformed("it is missing".to_owned()))?;
+        let state = encoding::decode_state(&record).map_err(|error| malformed(error.to_string()))?;
+        drop(record);
+        drop(copy);
+        directory::seal_made(into, LAYOUT)?;
+        Ok(state)
     }
 
     /// A refusal of RocksDB while it was asked to read, write or flush.

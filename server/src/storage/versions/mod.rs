@@ -250,6 +250,21 @@ impl VersionStore {
         self.write_behind.flush()
     }
 
+    /// Writes a copy of everything submitted before the call, and perhaps of some of what is submitted meanwhile, into
+    /// a new directory, which [`open`](Self::open) opens. Answers the state of the last submission in it; nothing of a
+    /// later one is. The copy shares its large files with this store as links, so it costs little disk until the store
+    /// has rewritten them. It is durable on return. Blocks; submitting goes on.
+    ///
+    /// After an error `into` is to be removed.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`], also when `into` exists.
+    pub fn checkpoint(&self, into: &Path) -> Result<StoreState, StorageError> {
+        // Beyond what the checkpoint itself flushes: what is still queued.
+        self.flush()?;
+        self.database.checkpoint(into)
+    }
+
     /// What to report when records that are sound by themselves contradict each other.
     #[must_use]
     pub fn contradiction(&self, message: String) -> StorageError {

@@ -1,5 +1,6 @@
 //! The history against a plain list of changes; then damaged, locked and failing directories.
 
+mod checkpoint;
 mod compaction;
 mod crash;
 mod script;
