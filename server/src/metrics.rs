@@ -208,7 +208,11 @@ impl Metrics {
         let duration = self.snapshot_install_duration.clone();
         registry.register("snapshot_install_duration_seconds", "Time to install a snapshot", duration);
         registry.register("snapshot_sent_bytes", "Bytes of snapshots sent", self.snapshot_sent_bytes.clone());
-        registry.register("snapshot_received_bytes", "Bytes of snapshots written", self.snapshot_received_bytes.clone());
+        registry.register(
+            "snapshot_received_bytes",
+            "Bytes of snapshots written",
+            self.snapshot_received_bytes.clone(),
+        );
         registry.register("sessions", "Client sessions", self.sessions.clone());
         registry.register("expiries", "Leases and sessions that came to their deadline", self.expiries.clone());
         registry.register("process_resident_memory_bytes", "Resident memory", self.resident_memory.clone());

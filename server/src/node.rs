@@ -189,7 +189,6 @@ fn open(root: &Path) -> Result<(RocksDBStorageEngine, KvStateMachine), StorageEr
         Err(error) => Err(StorageError::Io { action: "create", path: directory, message: error.to_string() }),
     };
     let log = RocksDBStorageEngine::open(create(root.join(LOG_DIRECTORY))?)?;
-    create(root.to_owned())?;
     let state_machine = KvStateMachine::open(&root.join(STATE_DIRECTORY))?;
     Ok((log, state_machine))
 }

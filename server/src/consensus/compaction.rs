@@ -39,6 +39,12 @@ pub struct SnapshotPolicy {
     pub retained_log_entries: u64,
 }
 
+#[cfg(test)]
+impl SnapshotPolicy {
+    /// Only when asked for.
+    pub(crate) const OFF: Self = Self { enabled: false, log_entries_max: 1, log_bytes_max: 1, retained_log_entries: 0 };
+}
+
 /// Why there is no snapshot.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum SnapshotError {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term, v1};
-use openraft::async_runtime::watch::WatchReceiver;
 use openraft::StepDownPolicy;
+use openraft::async_runtime::watch::WatchReceiver;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::applier::Applier;
@@ -460,12 +460,9 @@ async fn recover(
     state_machine: &Arc<dyn StateMachine>,
 ) -> Result<Arc<Snapshots>, StartError> {
     let (engine, state_machine) = (engine.clone(), state_machine.clone());
-    let (directory, node_id) = (config.snapshot_directory.clone(), config.node_id);
+    let directory = config.snapshot_directory.clone();
     let recovering = tokio::task::spawn_blocking(move || {
         let state = engine.state().map_err(Arc::new)?;
-        if let Some(identity) = state.identity.filter(|identity| identity.node_id != node_id) {
-            return Err(StartError::OtherNodesDirectory { expected: node_id, found: identity.node_id });
-        }
         let snapshots = Snapshots::open(&directory).map_err(Arc::new)?;
         let applied = state_machine.applied().position;
         check_log_reaches(&state, applied)?;

@@ -12,6 +12,7 @@ use d_engine_proto::{LogIndex, v1};
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt, stream};
+use openraft::OptionalSend;
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{
     Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption, RaftNetworkFactory,
@@ -20,7 +21,6 @@ use openraft::raft::{
     AppendEntriesRequest, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
-use openraft::OptionalSend;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -334,7 +334,12 @@ impl NetSnapshot<Types> for Connection {
                 let reason = status.message().to_owned();
                 // It is tried again several times a second.
                 if self.snapshot_failure.as_ref() != Some(&reason) {
-                    tracing::warn!(to = self.target, index, reason, "sending a snapshot broke off; it goes on from there");
+                    tracing::warn!(
+                        to = self.target,
+                        index,
+                        reason,
+                        "sending a snapshot broke off; it goes on from there"
+                    );
                     self.snapshot_failure = Some(reason);
                 }
                 Err(StreamingError::Unreachable(Unreachable::from_string(status.message())))

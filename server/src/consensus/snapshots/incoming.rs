@@ -196,7 +196,11 @@ impl Incoming {
         }
         // One that is not sound is emptied, to be fetched again.
         self.look()?;
-        if is_sound { Ok(()) } else { Err(ReceiveError::Refused(corrupt(&path, "checksum mismatch".into()).to_string())) }
+        if is_sound {
+            Ok(())
+        } else {
+            Err(ReceiveError::Refused(corrupt(&path, "checksum mismatch".into()).to_string()))
+        }
     }
 
     fn is_whole(&self) -> bool {

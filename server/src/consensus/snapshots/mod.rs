@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 pub(super) use incoming::{Incoming, ReceiveError};
-use manifest::{corrupt, io_error};
 pub(super) use manifest::Manifest;
+use manifest::{corrupt, io_error};
 pub(super) use outgoing::Outgoing;
 pub(super) use recovery::recover;
 
@@ -111,7 +111,8 @@ impl Snapshots {
             if name == RECEIVING {
                 continue;
             }
-            let whole = if name.starts_with(WHOLE) { Manifest::read(&path) } else { Err(corrupt(&path, "left".into())) };
+            let whole =
+                if name.starts_with(WHOLE) { Manifest::read(&path) } else { Err(corrupt(&path, "left".into())) };
             match whole {
                 Ok(manifest) if newest.as_ref().is_none_or(|newest| newest.position() < manifest.position()) => {
                     if let Some(older) = newest.replace(Snapshot::new(path, manifest)) {

@@ -69,8 +69,12 @@ impl Outgoing {
         let mut data = vec![0; left.min(SNAPSHOT_CHUNK_BYTES)];
         open.read_exact(&mut data).map_err(|error| corrupt(&path, error.to_string()))?;
         let number = u32::try_from(self.file).unwrap_or(u32::MAX);
-        let chunk =
-            v1::SnapshotChunk { file: number, offset: self.offset, crc32c: crc32c::crc32c(&data), data: Bytes::from(data) };
+        let chunk = v1::SnapshotChunk {
+            file: number,
+            offset: self.offset,
+            crc32c: crc32c::crc32c(&data),
+            data: Bytes::from(data),
+        };
         self.offset += chunk.data.len() as u64;
         self.crc32c = self.crc32c.map(|crc32c| crc32c::crc32c_append(crc32c, &chunk.data));
         Ok(Some(chunk))

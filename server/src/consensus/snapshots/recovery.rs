@@ -29,7 +29,9 @@ pub(in crate::consensus) fn recover(
     let state = engine.state()?;
     let Some(snapshot) = snapshots.current() else {
         return match state.purged {
-            Some(purged) if applied.is_none_or(|applied| applied.index < purged.index) => Err(lacking(snapshots, purged)),
+            Some(purged) if applied.is_none_or(|applied| applied.index < purged.index) => {
+                Err(lacking(snapshots, purged))
+            }
             _ => Ok(()),
         };
     };

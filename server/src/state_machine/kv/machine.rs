@@ -230,14 +230,14 @@ fn applied_state(state: StoreState) -> AppliedState {
 
 /// Reads a whole store into memory.
 fn load_store(versions: &VersionStore) -> Result<Store, StorageError> {
-        let restored = Store::restore(versions.recovered().clone(), &versions.recovered_records()?);
-        let mut store = restored.map_err(|violation| versions.contradiction(violation.to_string()))?;
-        // As of any revision there could be: one beyond the state's is found out below.
-        let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
-        while let Some(version) = newest.advance()? {
-            store.restore_key(version);
-        }
-        drop(newest);
-        store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
+    let restored = Store::restore(versions.recovered().clone(), &versions.recovered_records()?);
+    let mut store = restored.map_err(|violation| versions.contradiction(violation.to_string()))?;
+    // As of any revision there could be: one beyond the state's is found out below.
+    let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
+    while let Some(version) = newest.advance()? {
+        store.restore_key(version);
+    }
+    drop(newest);
+    store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
     Ok(store)
 }

@@ -79,7 +79,8 @@ fn copy(from: &Path, into: &Path) -> io::Result<()> {
 
 /// Whole directories beside `path` that may stand for it, with their numbers, the newest last.
 fn generations(path: &Path) -> Result<Vec<(u64, PathBuf)>, StorageError> {
-    let mut found: Vec<_> = beside(path)?.into_iter().filter_map(|(rest, path)| Some((rest.parse().ok()?, path))).collect();
+    let mut found: Vec<_> =
+        beside(path)?.into_iter().filter_map(|(rest, path)| Some((rest.parse().ok()?, path))).collect();
     found.sort_unstable();
     Ok(found)
 }
