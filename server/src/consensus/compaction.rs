@@ -127,7 +127,7 @@ impl Compaction {
         let applied = self.applied.borrow().position.map_or(0, |position| position.index.get());
         let (entries, bytes) = (applied.saturating_sub(last.index), self.snapshots.applied_bytes() - last.bytes);
         let current = self.snapshots.current();
-        if entries > 0 && current.as_ref().is_some_and(|current| current.is_damaged()) {
+        if current.as_ref().is_some_and(|current| current.is_damaged()) {
             return true;
         }
         // A transfer that breaks goes on with the same snapshot or begins anew.

@@ -89,6 +89,9 @@ impl ToldCommit {
     }
 }
 
+/// Stalls that the answer to a piece of a snapshot may take: an fsync of a large file is in it.
+const SNAPSHOT_WRITE_STALLS: u32 = 10;
+
 /// Connections to a peer, so that a heartbeat or a vote never waits behind data, nor either behind a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Lane {
@@ -391,7 +394,7 @@ impl Connection {
                 pieces = Some(outgoing);
             }
             let answer = if in_flight > 0 {
-                within(stall, answers.message()).await?
+                within(SNAPSHOT_WRITE_STALLS * stall, answers.message()).await?
             } else {
                 // It installs; whether it is there at all is for the connection's probes to find out.
                 answers.message().await?

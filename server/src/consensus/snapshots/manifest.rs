@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use bytes::Buf;
@@ -46,14 +47,16 @@ impl Manifest {
         Ok(Self { wire })
     }
 
-    /// Describes the files below `directory`, and makes them durable.
+    /// Describes the files below `directory`, and makes them durable. What it shares with an earlier snapshot, as links
+    /// to the same files, is not read again.
     pub(super) fn of(
         directory: &Path,
+        earlier: Option<(&Path, &Self)>,
         position: LogPosition,
         membership: Option<&(LogPosition, bytes::Bytes)>,
     ) -> Result<Self, StorageError> {
         let mut files = Vec::new();
-        collect(directory, Path::new(""), &mut files).map_err(|error| io_error("read", directory, &error))?;
+        collect(directory, Path::new(""), earlier, &mut files).map_err(|error| io_error("read", directory, &error))?;
         files.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let wire = v1::SnapshotManifest {
             id: fastrand::u64(1..),
@@ -155,17 +158,28 @@ pub(super) fn checksum(path: &Path, bytes_max: u64) -> io::Result<(u64, u32)> {
     }
 }
 
-fn collect(root: &Path, below: &Path, files: &mut Vec<v1::SnapshotFile>) -> io::Result<()> {
+fn collect(
+    root: &Path,
+    below: &Path,
+    earlier: Option<(&Path, &Manifest)>,
+    files: &mut Vec<v1::SnapshotFile>,
+) -> io::Result<()> {
     for entry in fs::read_dir(root.join(below))? {
         let entry = entry?;
         let name = below.join(entry.file_name());
         if entry.file_type()?.is_dir() {
-            collect(root, &name, files)?;
+            collect(root, &name, earlier, files)?;
             continue;
         }
         let path = entry.path();
         File::open(&path)?.sync_all()?;
-        let (bytes, crc32c) = checksum(&path, u64::MAX)?;
+        let shared = earlier.and_then(|(directory, manifest)| {
+            let file = manifest.files().iter().find(|file| Path::new(&file.path) == name)?;
+            let (ours, theirs) = (fs::metadata(&path).ok()?, fs::metadata(directory.join(&name)).ok()?);
+            let place = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino(), metadata.len());
+            (place(&ours) == place(&theirs) && ours.len() == file.bytes).then_some((file.bytes, file.crc32c))
+        });
+        let (bytes, crc32c) = shared.map_or_else(|| checksum(&path, u64::MAX), Ok)?;
         let name = name.to_str().ok_or_else(|| io::Error::other("a file name that is not UTF-8"))?;
         files.push(v1::SnapshotFile { path: name.to_owned(), bytes, crc32c });
     }

@@ -161,7 +161,9 @@ impl Snapshots {
         let saved = state_machine.save(&state)?;
         steps::passed("build/saved")?;
         let Some(position) = saved.position else { return Ok(None) };
-        let manifest = Manifest::of(&directory, position, saved.membership.as_ref())?;
+        let earlier = self.current().filter(|earlier| !earlier.is_damaged());
+        let earlier = earlier.as_ref().map(|earlier| (&*earlier.directory, &earlier.manifest));
+        let manifest = Manifest::of(&directory, earlier, position, saved.membership.as_ref())?;
         manifest.write(&directory)?;
         steps::passed("build/described")?;
         let snapshot = self.finish(&directory, manifest)?;
