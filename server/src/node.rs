@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::backup::{BackupError, refuse_unfinished};
 use crate::config::{DEFAULT_LISTEN_ADDRESS, LogEngine, MemberRole, MemberStatus, RaftNodeConfig};
-use crate::consensus::{Consensus, ConsensusConfig, StartError};
+use crate::consensus::{Consensus, ConsensusConfig, SnapshotPolicy, StartError};
 use crate::engine::{CustomEngine, Engine, EngineConfig, ReadPolicy, refuse_if_marked};
 use crate::limits::ABANDON_TIMEOUT;
 use crate::metrics::Metrics;
@@ -31,6 +31,8 @@ pub use builder::{NodeBuilder, StateMachineHandle, StorageHandle};
 pub(crate) const LOG_DIRECTORY: &str = "log";
 /// Name of the state machine's directory below `cluster.db_root_dir`.
 pub(crate) const STATE_DIRECTORY: &str = "state";
+/// Name of the snapshots' directory below `cluster.db_root_dir`.
+const SNAPSHOT_DIRECTORY: &str = "snapshots";
 
 /// Why a node does not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
@@ -366,7 +368,7 @@ fn open(root: &Path, engine: LogEngine, parts: Parts) -> Result<(Arc<dyn Storage
     };
     let machine = match parts.state_machine {
         Some(state_machine) => state_machine.0,
-        None => Machine::Kv(Arc::new(KvStateMachine::open(&create(root.join(STATE_DIRECTORY))?)?)),
+        None => Machine::Kv(Arc::new(KvStateMachine::open(&root.join(STATE_DIRECTORY))?)),
     };
     Ok((log, machine))
 }
@@ -392,5 +394,12 @@ fn consensus_config(config: &RaftNodeConfig, serves: bool) -> ConsensusConfig {
         timings: config.raft.timings(),
         persistence: config.raft.persistence.promise(),
         pending_bytes_max: config.raft.backpressure.max_pending_bytes,
+        snapshot_directory: config.cluster.db_root_dir.join(SNAPSHOT_DIRECTORY),
+        snapshot_policy: SnapshotPolicy {
+            enabled: config.raft.snapshot.enabled,
+            log_entries_max: config.raft.snapshot.log_entries_max,
+            log_bytes_max: config.raft.snapshot.log_bytes_max,
+            retained_log_entries: config.raft.snapshot.retained_log_entries,
+        },
     }
 }

@@ -47,19 +47,4 @@ pub enum ConfigError {
         /// What would be valid.
         remedy: String,
     },
-    /// A feature this version lacks.
-    #[error(
-        "{}{key}: {value} is not supported yet; {remedy}",
-        place.as_ref().map_or_else(String::new, |place| format!("{place}: "))
-    )]
-    Unsupported {
-        /// Where it was set; `None` for a program's own setting.
-        place: Option<Place>,
-        /// The dotted key.
-        key: &'static str,
-        /// What it was set to.
-        value: &'static str,
-        /// What would be valid.
-        remedy: &'static str,
-    },
 }

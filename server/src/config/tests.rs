@@ -426,13 +426,6 @@ fn what_an_acknowledgement_promises_follows_from_strategy_and_policy() {
 }
 
 #[test]
-fn what_would_silently_not_be_honoured_is_refused_as_not_supported_yet() {
-    for (text, key) in [("[raft.snapshot]\nenable = true", "raft.snapshot.enable")] {
-        assert_refused(text, &[&format!("n1.toml:2: {key}"), "not supported yet"]);
-    }
-}
-
-#[test]
 fn keys_of_tls_go_together() {
     const ALONE: &str = "[tls]\ncert_file = \"n1.pem\"\nkey_file = \"n1.key\"\n";
     let three = "[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\" }, { id = 2, address = \"b:1\" }]\n";

@@ -16,7 +16,6 @@ const ADDRESS_REMEDY: &str =
 /// Checks every rule and fills in addresses and members that follow from others.
 pub(super) fn validate(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
     config.warnings.clear();
-    unsupported(config)?;
     node(config)?;
     addresses(config)?;
     members(config)?;
@@ -29,17 +28,6 @@ pub(super) fn validate(config: &mut RaftNodeConfig) -> Result<(), ConfigError> {
 
 fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: impl Into<String>) -> ConfigError {
     ConfigError::Invalid { place: config.place_of(key), key, problem, remedy: remedy.into() }
-}
-
-fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
-    let features: [(bool, &'static str, &'static str, &'static str); 1] =
-        [(config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out")];
-    match features.into_iter().find(|(wanted, ..)| *wanted) {
-        Some((_, key, value, remedy)) => {
-            Err(ConfigError::Unsupported { place: config.place_of(key), key, value, remedy })
-        }
-        None => Ok(()),
-    }
 }
 
 fn node(config: &RaftNodeConfig) -> Result<(), ConfigError> {
@@ -322,6 +310,15 @@ fn bounds(config: &RaftNodeConfig) -> Result<(), ConfigError> {
         let remedy = format!("choose {} or more, or 0 for no checks by itself", limits::CHECK_INTERVAL_MS_MIN);
         let problem = format!("{interval} ms is out of bounds");
         return Err(invalid(config, "raft.state_machine.check_interval_ms", problem, remedy));
+    }
+    for (key, value) in [
+        ("raft.snapshot.max_log_entries_before_snapshot", config.raft.snapshot.log_entries_max),
+        ("raft.snapshot.max_log_bytes_before_snapshot", config.raft.snapshot.log_bytes_max),
+    ] {
+        if value == 0 {
+            let remedy = "choose 1 or more, or set raft.snapshot.enable to false";
+            return Err(invalid(config, key, "0 would make snapshots without end".into(), remedy));
+        }
     }
     let timeout = milliseconds(config.network.call_timeout);
     let timeout_max = milliseconds(limits::CALL_TIMEOUT_MAX);

@@ -1,16 +1,18 @@
 //! The facade: starts a Raft node and is all that the rest of the server sees of it.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term, v1};
+use openraft::StepDownPolicy;
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::{SnapshotPolicy, StepDownPolicy};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::applier::Applier;
+use super::compaction::{Compaction, Order, SnapshotError, SnapshotPolicy};
 use super::fingerprint::Fingerprints;
 use super::flusher::Persistence;
 use super::formation::{Formation, MembershipRefused};
@@ -24,6 +26,7 @@ use super::poison::Poison;
 use super::proposer::{ProposeError, Proposer};
 use super::raft_types::{Raft, StoredMembership};
 use super::read_index::{ReadIndex, ReadIndexError};
+use super::snapshots::{self, Snapshots};
 use super::steward::{ChangeError, MemberChange, Steward, Stewardship};
 use super::transfer::{Transfer, TransferError};
 use crate::clock::Moment;
@@ -70,6 +73,10 @@ pub struct ConsensusConfig {
     pub persistence: Persistence,
     /// Bytes of proposals that may wait for their answer.
     pub pending_bytes_max: usize,
+    /// Where snapshots are, in a directory of their own beside that of the state machine.
+    pub snapshot_directory: PathBuf,
+    /// When they are made.
+    pub snapshot_policy: SnapshotPolicy,
 }
 
 /// Why a node does not start, or had to stop.
@@ -178,6 +185,8 @@ struct Inner {
     stewardship: Stewardship,
     fingerprints: Arc<Fingerprints>,
     peers: Peers,
+    /// Wishes for a snapshot.
+    orders: mpsc::Sender<Order>,
 }
 
 impl Consensus {
@@ -194,9 +203,9 @@ impl Consensus {
         tls: Option<Arc<Tls>>,
     ) -> Result<(Self, peer_service::Server), StartError> {
         let poison = Poison::default();
+        let snapshots = recover(&config, &engine, &state_machine).await?;
         let state = engine.state().map_err(Arc::new)?;
         let recovered = state_machine.applied();
-        check_log_reaches(&*engine, &state, recovered.position, config.persistence)?;
         let identity = claim_directory(&*engine, &state, config.node_id)?;
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
         let (applied_sender, applied) =
@@ -204,9 +213,10 @@ impl Consensus {
         let log = Log::start(engine, &state, config.persistence, applied.clone(), metrics.clone(), &poison)
             .map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
-        let peers = Peers::new(local.clone(), stall, tls.clone());
+        let peers = Peers::new(local.clone(), stall, tls.clone(), metrics.clone());
 
-        let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
+        let applier =
+            Applier::new(state_machine.clone(), log.clone(), applied_sender, snapshots.clone(), metrics.clone());
         let raft_config = Arc::new(raft_config(&config.timings)?);
         let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier);
         let raft = poison.clone().guard_openraft(raft).await.map_err(|error| StartError::Raft(error.to_string()))?;
@@ -253,7 +263,20 @@ impl Consensus {
             quarantine,
             stewardship: stewardship.clone(),
             fingerprints: fingerprints.clone(),
+            snapshots: snapshots.clone(),
+            applied: applied.clone(),
+            metrics: metrics.clone(),
         };
+        let (orders, ordered) = mpsc::channel(1);
+        let compaction = Compaction {
+            raft: raft.clone(),
+            snapshots,
+            state_machine: state_machine.clone(),
+            applied: applied.clone(),
+            policy: config.snapshot_policy,
+            metrics: metrics.clone(),
+        };
+        tokio::spawn(poison.guard("the compaction of the log", compaction.run(ordered)));
         let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max, &poison);
         let told_commit = peers.told_commit().clone();
         watch_for_failure(&raft, &log, formation, peers.clone(), leadership.clone(), monitoring, &poison);
@@ -272,6 +295,7 @@ impl Consensus {
             stewardship,
             fingerprints,
             peers,
+            orders,
         };
         Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
     }
@@ -451,6 +475,17 @@ impl Consensus {
         &self.inner.poison
     }
 
+    /// Makes a snapshot of what is applied here now, or finds it made, and has the log purged behind it. Answers the last
+    /// entry in it. Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`]; the node goes on without.
+    pub async fn trigger_snapshot(&self) -> Result<LogIndex, SnapshotError> {
+        let (order, done) = oneshot::channel();
+        self.inner.orders.send(order).await.map_err(|_| SnapshotError::Stopped)?;
+        done.await.unwrap_or(Err(SnapshotError::Stopped))
+    }
+
     /// Hands leadership to another voter, the most up-to-date one that answers if it is left open, and returns once that
     /// is known to reign. Bounded: four maximum election timeouts.
     ///
@@ -494,6 +529,30 @@ impl Consensus {
             Err(error) => tracing::error!(%error, "flushing the state machine panicked"),
         }
     }
+}
+
+/// Opens the snapshots, and goes on with the installation of one that a crash interrupted.
+async fn recover(
+    config: &ConsensusConfig,
+    engine: &Arc<dyn StorageEngine>,
+    state_machine: &Arc<dyn StateMachine>,
+) -> Result<Arc<Snapshots>, StartError> {
+    let (engine, state_machine) = (engine.clone(), state_machine.clone());
+    let (directory, persistence) = (config.snapshot_directory.clone(), config.persistence);
+    let recovering = tokio::task::spawn_blocking(move || {
+        let state = engine.state().map_err(Arc::new)?;
+        let snapshots = Snapshots::open(&directory).map_err(Arc::new)?;
+        let applied = state_machine.applied().position;
+        check_log_reaches(&*engine, &state, applied, persistence)?;
+        if state.identity.is_none()
+            && let Some(snapshot) = snapshots.current()
+        {
+            return Err(StartError::StateWithoutLog { applied: snapshot.position().index, last: LogIndex(0) });
+        }
+        snapshots::recover(&snapshots, &*engine, &*state_machine).map_err(Arc::new)?;
+        Ok(Arc::new(snapshots))
+    });
+    recovering.await.map_err(|error| StartError::Raft(error.to_string()))?
 }
 
 /// Checks that state machine and log belong together.
@@ -554,7 +613,9 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
         election_timeout_min: milliseconds(timings.election_min),
         election_timeout_max: milliseconds(timings.election_max),
         max_payload_entries: APPEND_ENTRIES_MAX,
-        snapshot_policy: SnapshotPolicy::Never,
+        // `compaction` sees to both.
+        snapshot_policy: openraft::SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
         // The removed leader's step-down is ours to drive, together with its read lease.
         removed_leader_step_down: StepDownPolicy::Never,
         quorum_loss_probe_interval: Some(3 * milliseconds(timings.election_max)),

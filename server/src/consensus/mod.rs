@@ -9,11 +9,13 @@
 //!              (batches)       │  ▲       └► network ──► peers ──► their log
 //!                              │  └──────────────────────┘ acknowledgements
 //!                              └► applier ──► StateMachine ──► answers straight to the callers
+//!                                                  └► snapshots ──► peers that need what the log has no more
 //! ```
 
 mod appends;
 mod applier;
 mod beginning;
+mod compaction;
 mod entry;
 mod fingerprint;
 mod flusher;
@@ -30,12 +32,14 @@ mod proposer;
 mod raft_types;
 mod read_index;
 mod runtime;
+mod snapshots;
 mod steward;
 #[cfg(test)]
 mod tests;
 mod transfer;
 
 pub use beginning::{Beginning, ReplayError, begin_alone, replay};
+pub use compaction::{SnapshotError, SnapshotPolicy};
 pub use fingerprint::StateHash;
 pub use flusher::Persistence;
 pub use formation::MembershipRefused;

@@ -36,7 +36,6 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use d_engine_proto::{Revision, limits, v1};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 pub(crate) use check::refuse_if_marked;
@@ -48,7 +47,6 @@ pub use status::VERSION;
 use crate::consensus::{Consensus, LeaderInfo, Poison, StartError};
 use crate::metrics::Metrics;
 use crate::state_machine::kv::KvStateMachine;
-use crate::storage::StorageError;
 use crate::watch::{Hub, HubSettings};
 use backup::Backups;
 use check::Checks;
@@ -147,7 +145,7 @@ impl Engine {
             }
             let (checks, backups) =
                 (Checks::new(metrics.clone()), Backups::new(metrics, config.data_directories.first()));
-            tasks.spawn(watch_writing(kv.failure(), poison.clone()));
+            tasks.spawn(watch_writing(Arc::downgrade(&kv), poison.clone()));
             Inner {
                 consensus,
                 kv,
@@ -218,11 +216,15 @@ impl Engine {
 }
 
 /// What can no longer be written behind is found out by the next entry at the latest; a node without any is told here.
-async fn watch_writing(mut failure: watch::Receiver<Option<StorageError>>, poison: Poison) {
-    if let Ok(failure) = failure.wait_for(Option::is_some).await
-        && let Some(failure) = failure.clone()
-    {
-        poison.fail(StartError::Storage(Arc::new(failure)));
+async fn watch_writing(kv: Weak<KvStateMachine>, poison: Poison) {
+    // A snapshot that is installed brings a history of its own, and the old one ends.
+    while let Some(mut failure) = kv.upgrade().map(|kv| kv.failure()) {
+        if let Ok(failure) = failure.wait_for(Option::is_some).await
+            && let Some(failure) = failure.clone()
+        {
+            poison.fail(StartError::Storage(Arc::new(failure)));
+            return;
+        }
     }
 }
 
