@@ -42,10 +42,11 @@ async fn a_follower_whose_entries_were_purged_gets_the_snapshot_and_goes_on_with
         id,
         address: address.to_string(),
         learner: false,
+        joining: false,
     };
     let members: Vec<_> = addresses.iter().zip(1..).map(member).collect();
     let engines: Vec<_> = (0..3).map(|_| Arc::new(MemoryStorageEngine::default())).collect();
-    let mut cluster = Cluster { nodes: Vec::new() };
+    let mut cluster = Cluster { nodes: Vec::new(), engines: engines.clone() };
     for (listener, id) in listeners.into_iter().zip(1..) {
         cluster.nodes.push(Node::start(id, &members, engines[id as usize - 1].clone(), listener).await);
     }
