@@ -45,7 +45,7 @@ pub(super) fn install(path: &Path, from: &Path) -> Result<PathBuf, StorageError>
     let number = generations(path)?.last().map_or(1, |(number, _)| number + 1);
     let whole = with_suffix(path, &number.to_string());
     let unfinished = with_suffix(&whole, UNFINISHED);
-    copy(from, &unfinished).map_err(|error| io_error("copy into", &unfinished, &error))?;
+    copy(from, &unfinished)?;
     steps::passed("install/copied")?;
     let renamed = fs::rename(&unfinished, &whole).and_then(|()| sync_parent(&whole));
     renamed.map_err(|error| io_error("rename", &unfinished, &error))?;
@@ -61,20 +61,25 @@ pub(super) fn remove(path: &Path) -> Result<(), StorageError> {
     }
 }
 
-fn copy(from: &Path, into: &Path) -> io::Result<()> {
-    fs::create_dir(into)?;
-    for file in fs::read_dir(from)? {
-        let (source, target) = (file.as_ref().map(fs::DirEntry::path), file.as_ref().map(fs::DirEntry::file_name));
-        let (Ok(source), Ok(target)) = (source, target) else { return file.map(drop) };
-        let target = into.join(target);
-        // Tables are written once; everything else RocksDB may write to.
-        let is_table = source.extension().is_some_and(|extension| extension == "sst");
-        if !is_table || fs::hard_link(&source, &target).is_err() {
-            fs::copy(&source, &target)?;
-            File::open(&target)?.sync_all()?;
-        }
+fn copy(from: &Path, into: &Path) -> Result<(), StorageError> {
+    let failed = |error| io_error("copy into", into, &error);
+    fs::create_dir(into).map_err(failed)?;
+    for file in fs::read_dir(from).map_err(failed)? {
+        let file = file.map_err(failed)?;
+        copy_file(&file.path(), &into.join(file.file_name())).map_err(failed)?;
+        steps::passed("install/file")?;
     }
-    File::open(into)?.sync_all()
+    File::open(into).and_then(|directory| directory.sync_all()).map_err(failed)
+}
+
+fn copy_file(source: &Path, target: &Path) -> io::Result<()> {
+    // Tables are written once; everything else RocksDB may write to.
+    let is_table = source.extension().is_some_and(|extension| extension == "sst");
+    if is_table && fs::hard_link(source, target).is_ok() {
+        return Ok(());
+    }
+    fs::copy(source, target)?;
+    File::open(target)?.sync_all()
 }
 
 /// Whole directories beside `path` that may stand for it, with their numbers, the newest last.
