@@ -32,6 +32,10 @@ pub const AFTER_COMMIT: &str = "after-commit";
 /// See the module's description.
 pub const BEFORE_REPLY: &str = "before-reply";
 
+/// The steps of building, receiving and installing a snapshot, as `steps` names them after the slash. All that can
+/// happen there is `die`.
+pub const STEPS: [&str; 3] = ["build", "receive", "install"];
+
 const POINTS: [&str; 4] = [RECEIVED, BEFORE_PROPOSE, AFTER_COMMIT, BEFORE_REPLY];
 
 /// How long a leader that steps down waits for its successor.
@@ -109,7 +113,7 @@ pub(crate) fn is_prepared() -> bool {
 /// # Errors
 /// When there is no such point or action.
 pub fn arm(point: &str, times: u32, action: &str) -> Result<(), String> {
-    if !point.split_once('/').is_some_and(|(place, _)| POINTS.contains(&place)) {
+    if !point.split_once('/').is_some_and(|(place, _)| POINTS.contains(&place) || STEPS.contains(&place)) {
         return Err(format!("no point: {point:?}"));
     }
     if times == 0 {
@@ -144,6 +148,20 @@ pub(crate) async fn reached(point: &str, operation: &str) -> Result<(), EngineEr
         Then::Die => {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
             std::future::pending().await
+        }
+    }
+}
+
+/// Passes a step of what must survive a crash, and dies there if it is armed: also before [`prepare`], since a start goes
+/// through some. For blocking code.
+pub(crate) fn die_at(step: &str) {
+    if let Some(Prepared { told, .. }) = PREPARED.get() {
+        told(step);
+    }
+    if fail::eval(step, |_| ()).is_some() {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        loop {
+            std::thread::park();
         }
     }
 }

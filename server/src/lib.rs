@@ -16,6 +16,7 @@ pub mod monitoring;
 pub mod node;
 pub mod services;
 pub mod state_machine;
+mod steps;
 pub mod storage;
 pub mod tls;
 pub mod trace;

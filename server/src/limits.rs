@@ -159,6 +159,41 @@ pub const PIPELINE_MESSAGES_PER_TURN: usize = 16;
 /// Shortest pause between two looks at the deadlines of a pipeline's operations.
 pub const PIPELINE_DEADLINES_PAUSE: Duration = Duration::from_millis(1);
 
+/// Default of `raft.snapshot.max_log_entries_before_snapshot`.
+pub const SNAPSHOT_LOG_ENTRIES_DEFAULT: u64 = 100_000;
+
+/// Default of `raft.snapshot.max_log_bytes_before_snapshot`: what a restart may have to read of the log at most, and a
+/// member that is a little behind of its leader's.
+pub const SNAPSHOT_LOG_BYTES_DEFAULT: u64 = 256 << 20;
+
+/// Default of `raft.snapshot.retained_log_entries`.
+pub const RETAINED_LOG_ENTRIES_DEFAULT: u64 = 5_000;
+
+/// Bytes of the log that are kept for members that are behind, by the average entry; fewer entries if they are large.
+pub const RETAINED_LOG_BYTES_MAX: u64 = 64 << 20;
+
+/// How often a node looks whether a snapshot is due.
+pub const SNAPSHOT_CHECK_PERIOD: Duration = Duration::from_millis(250);
+
+/// Pause after a snapshot that could not be built.
+pub const SNAPSHOT_RETRY_PAUSE: Duration = Duration::from_secs(10);
+
+/// How long after a piece of a snapshot was sent the transfer may still go on with it: so long none replaces it.
+pub const SNAPSHOT_TRANSFER_PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// By how much the log may outgrow what a snapshot is due at while the last one is being sent.
+pub const SNAPSHOT_OVERDUE_FACTOR: u64 = 4;
+
+/// Bytes of one piece of a snapshot on its way.
+pub const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
+
+/// Pieces of a snapshot that are sent and not yet written by the receiver: enough to keep a disk busy, and little that
+/// anything else waits behind.
+pub const SNAPSHOT_CHUNKS_IN_FLIGHT_MAX: usize = 4;
+
+/// Bytes of the disk that a snapshot which is received leaves to the log.
+pub const SNAPSHOT_DISK_RESERVED_BYTES: u64 = 64 << 20;
+
 /// Watches of a node. An idle one costs about a kilobyte.
 pub const WATCHES_MAX: usize = 262_144;
 
@@ -259,6 +294,8 @@ const _: () = {
     // A log entry travels in one message, beside its neighbours and its envelope.
     assert!(2 * BATCH_BYTES_MAX < PEER_MESSAGE_BYTES_MAX);
     assert!(2 * CLIENT_MESSAGE_BYTES_MAX < PEER_MESSAGE_BYTES_MAX);
+    // A piece of a snapshot, and its envelope, travel in one message.
+    assert!(2 * SNAPSHOT_CHUNK_BYTES < PEER_MESSAGE_BYTES_MAX);
     // The smallest budget still admits any request, and two full batches behind it.
     assert!(CLIENT_MESSAGE_BYTES_MAX + 2 * BATCH_BYTES_MAX <= PENDING_BYTES_MIN);
     assert!(PENDING_BYTES_MIN <= PENDING_BYTES_DEFAULT);

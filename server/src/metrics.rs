@@ -37,6 +37,13 @@ pub struct Metrics {
     batch_commands: Histogram,
     log_write_duration: Histogram,
     lease_renewals: Counter,
+    snapshots_built: Counter,
+    snapshot_failures: Counter,
+    snapshots_installed: Counter,
+    snapshot_build_duration: Histogram,
+    snapshot_install_duration: Histogram,
+    snapshot_sent_bytes: Counter,
+    snapshot_received_bytes: Counter,
     committed_index: Gauge,
     applied_index: Gauge,
     pending_bytes: Gauge,
@@ -118,6 +125,14 @@ impl Metrics {
             batch_commands: Histogram::new(exponential_buckets(1.0, 2.0, 14)),
             log_write_duration: latencies(),
             lease_renewals: Counter::default(),
+            snapshots_built: Counter::default(),
+            snapshot_failures: Counter::default(),
+            snapshots_installed: Counter::default(),
+            // A millisecond to a quarter of an hour.
+            snapshot_build_duration: Histogram::new(exponential_buckets(0.001, 2.0, 20)),
+            snapshot_install_duration: Histogram::new(exponential_buckets(0.001, 2.0, 20)),
+            snapshot_sent_bytes: Counter::default(),
+            snapshot_received_bytes: Counter::default(),
             committed_index: Gauge::default(),
             applied_index: Gauge::default(),
             pending_bytes: Gauge::default(),
@@ -185,6 +200,19 @@ impl Metrics {
         registry.register("store_keys", "Keys in the store", self.keys.clone());
         registry.register("leases", "Leases, those of keys with a time to live included", self.leases.clone());
         registry.register("lease_renewals", "Renewals of leases proposed", self.lease_renewals.clone());
+        registry.register("snapshots_built", "Snapshots built", self.snapshots_built.clone());
+        registry.register("snapshot_failures", "Snapshots that could not be built", self.snapshot_failures.clone());
+        registry.register("snapshots_installed", "Snapshots installed", self.snapshots_installed.clone());
+        let duration = self.snapshot_build_duration.clone();
+        registry.register("snapshot_build_duration_seconds", "Time to build a snapshot", duration);
+        let duration = self.snapshot_install_duration.clone();
+        registry.register("snapshot_install_duration_seconds", "Time to install a snapshot", duration);
+        registry.register("snapshot_sent_bytes", "Bytes of snapshots sent", self.snapshot_sent_bytes.clone());
+        registry.register(
+            "snapshot_received_bytes",
+            "Bytes of snapshots written",
+            self.snapshot_received_bytes.clone(),
+        );
         registry.register("sessions", "Client sessions", self.sessions.clone());
         registry.register("expiries", "Leases and sessions that came to their deadline", self.expiries.clone());
         registry.register("process_resident_memory_bytes", "Resident memory", self.resident_memory.clone());
@@ -271,6 +299,33 @@ impl Metrics {
     /// A group of log operations was written and made durable.
     pub fn log_write(&self, elapsed: Duration) {
         self.log_write_duration.observe(elapsed.as_secs_f64());
+    }
+
+    /// A snapshot was built.
+    pub fn snapshot_built(&self, elapsed: Duration) {
+        self.snapshots_built.inc();
+        self.snapshot_build_duration.observe(elapsed.as_secs_f64());
+    }
+
+    /// A snapshot could not be built.
+    pub fn snapshot_failed(&self) {
+        self.snapshot_failures.inc();
+    }
+
+    /// A snapshot from the leader was installed.
+    pub fn snapshot_installed(&self, elapsed: Duration) {
+        self.snapshots_installed.inc();
+        self.snapshot_install_duration.observe(elapsed.as_secs_f64());
+    }
+
+    /// A piece of a snapshot was sent.
+    pub fn snapshot_sent(&self, bytes: usize) {
+        self.snapshot_sent_bytes.inc_by(bytes as u64);
+    }
+
+    /// A piece of a snapshot was received and written.
+    pub fn snapshot_received(&self, bytes: usize) {
+        self.snapshot_received_bytes.inc_by(bytes as u64);
     }
 
     /// A watch began.

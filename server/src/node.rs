@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::config::{DEFAULT_LISTEN_ADDRESS, MemberRole, RaftNodeConfig};
-use crate::consensus::{Consensus, ConsensusConfig, StartError};
+use crate::consensus::{Consensus, ConsensusConfig, SnapshotPolicy, StartError};
 use crate::engine::{Engine, EngineConfig, ReadPolicy};
 use crate::metrics::Metrics;
 use crate::monitoring;
@@ -22,6 +22,8 @@ use crate::tls::{Tls, TlsError};
 const LOG_DIRECTORY: &str = "log";
 /// Name of the state machine's directory below `cluster.db_root_dir`.
 const STATE_DIRECTORY: &str = "state";
+/// Name of the snapshots' directory below `cluster.db_root_dir`.
+const SNAPSHOT_DIRECTORY: &str = "snapshots";
 
 /// Why a node does not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
@@ -187,7 +189,7 @@ fn open(root: &Path) -> Result<(RocksDBStorageEngine, KvStateMachine), StorageEr
         Err(error) => Err(StorageError::Io { action: "create", path: directory, message: error.to_string() }),
     };
     let log = RocksDBStorageEngine::open(create(root.join(LOG_DIRECTORY))?)?;
-    let state_machine = KvStateMachine::open(&create(root.join(STATE_DIRECTORY))?)?;
+    let state_machine = KvStateMachine::open(&root.join(STATE_DIRECTORY))?;
     Ok((log, state_machine))
 }
 
@@ -209,5 +211,12 @@ fn consensus_config(config: &RaftNodeConfig) -> ConsensusConfig {
         application_address: config.cluster.application_address.clone(),
         timings: config.raft.timings(),
         pending_bytes_max: config.raft.backpressure.max_pending_bytes,
+        snapshot_directory: config.cluster.db_root_dir.join(SNAPSHOT_DIRECTORY),
+        snapshot_policy: SnapshotPolicy {
+            enabled: config.raft.snapshot.enabled,
+            log_entries_max: config.raft.snapshot.log_entries_max,
+            log_bytes_max: config.raft.snapshot.log_bytes_max,
+            retained_log_entries: config.raft.snapshot.retained_log_entries,
+        },
     }
 }

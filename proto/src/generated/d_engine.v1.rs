@@ -3140,6 +3140,74 @@ pub struct ReadIndexResponse {
     #[prost(uint64, tag = "2")]
     pub store_time_ns: u64,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotRequest {
+    #[prost(oneof = "snapshot_request::Part", tags = "1, 2")]
+    pub part: ::core::option::Option<snapshot_request::Part>,
+}
+/// Nested message and enum types in `SnapshotRequest`.
+pub mod snapshot_request {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Part {
+        #[prost(message, tag = "1")]
+        Begin(super::SnapshotBegin),
+        #[prost(message, tag = "2")]
+        Chunk(super::SnapshotChunk),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotBegin {
+    #[prost(message, optional, tag = "1")]
+    pub route: ::core::option::Option<Route>,
+    #[prost(message, optional, tag = "2")]
+    pub vote: ::core::option::Option<Vote>,
+    /// An encoded SnapshotManifest, and its checksum.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub manifest: ::prost::bytes::Bytes,
+    #[prost(fixed32, tag = "4")]
+    pub manifest_crc32c: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotChunk {
+    /// Position in the manifest's list, and in the file.
+    #[prost(uint32, tag = "1")]
+    pub file: u32,
+    #[prost(uint64, tag = "2")]
+    pub offset: u64,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub data: ::prost::bytes::Bytes,
+    #[prost(fixed32, tag = "4")]
+    pub crc32c: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotResponse {
+    #[prost(oneof = "snapshot_response::Result", tags = "1, 2, 3")]
+    pub result: ::core::option::Option<snapshot_response::Result>,
+}
+/// Nested message and enum types in `SnapshotResponse`.
+pub mod snapshot_response {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Resume {
+        #[prost(uint32, tag = "1")]
+        pub file: u32,
+        #[prost(uint64, tag = "2")]
+        pub offset: u64,
+    }
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Written {}
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Result {
+        /// The answer to the beginning: everything before this place is there already. A file that does not exist: all is.
+        #[prost(message, tag = "1")]
+        Resume(Resume),
+        /// One for each chunk, once it is written.
+        #[prost(message, tag = "2")]
+        Written(Written),
+        /// It is installed, or was not needed; or the vote is newer than the sender's, and it was refused.
+        #[prost(message, tag = "3")]
+        Done(super::Vote),
+    }
+}
 /// Generated client implementations.
 pub mod peer_client {
     #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
@@ -3309,6 +3377,22 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Peer", "ReadIndex"));
             self.inner.unary(req, path, codec).await
         }
+        /// From the leader to a member whose next entry is gone from the leader's log.
+        pub async fn snapshot(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<Message = super::SnapshotRequest>,
+        ) -> std::result::Result<tonic::Response<tonic::codec::Streaming<super::SnapshotResponse>>, tonic::Status>
+        {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Peer/Snapshot");
+            let mut req = request.into_streaming_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Peer", "Snapshot"));
+            self.inner.streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3352,6 +3436,15 @@ pub mod peer_server {
             &self,
             request: tonic::Request<super::ReadIndexRequest>,
         ) -> std::result::Result<tonic::Response<super::ReadIndexResponse>, tonic::Status>;
+        /// Server streaming response type for the Snapshot method.
+        type SnapshotStream: tonic::codegen::tokio_stream::Stream<Item = std::result::Result<super::SnapshotResponse, tonic::Status>>
+            + std::marker::Send
+            + 'static;
+        /// From the leader to a member whose next entry is gone from the leader's log.
+        async fn snapshot(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::SnapshotRequest>>,
+        ) -> std::result::Result<tonic::Response<Self::SnapshotStream>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct PeerServer<T> {
@@ -3591,6 +3684,38 @@ pub mod peer_server {
                             .apply_compression_config(accept_compression_encodings, send_compression_encodings)
                             .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Peer/Snapshot" => {
+                    #[allow(non_camel_case_types)]
+                    struct SnapshotSvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::StreamingService<super::SnapshotRequest> for SnapshotSvc<T> {
+                        type Response = super::SnapshotResponse;
+                        type ResponseStream = T::SnapshotStream;
+                        type Future = BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<tonic::Streaming<super::SnapshotRequest>>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Peer>::snapshot(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SnapshotSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -4014,6 +4139,36 @@ pub mod pipeline_server {
     impl<T> tonic::server::NamedService for PipelineServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SnapshotManifest {
+    /// Drawn when the snapshot was made: a transfer that broke goes on only with the files of this very snapshot.
+    #[prost(fixed64, tag = "1")]
+    pub id: u64,
+    /// The last log entry in it.
+    #[prost(uint64, tag = "2")]
+    pub term: u64,
+    #[prost(uint64, tag = "3")]
+    pub index: u64,
+    /// The last membership in it, and where that stands in the log; index 0: none.
+    #[prost(uint64, tag = "4")]
+    pub membership_term: u64,
+    #[prost(uint64, tag = "5")]
+    pub membership_index: u64,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub membership: ::prost::bytes::Bytes,
+    #[prost(message, repeated, tag = "7")]
+    pub files: ::prost::alloc::vec::Vec<SnapshotFile>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotFile {
+    /// Below the snapshot's directory, parts divided by '/'.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    #[prost(fixed32, tag = "3")]
+    pub crc32c: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StoredLease {

@@ -87,6 +87,9 @@ struct Election {
 #[serde(deny_unknown_fields, default)]
 struct Snapshot {
     enable: Option<bool>,
+    max_log_entries_before_snapshot: Option<u64>,
+    max_log_bytes_before_snapshot: Option<u64>,
+    retained_log_entries: Option<u64>,
 }
 
 #[derive(Default, Deserialize)]
@@ -168,7 +171,10 @@ impl FileConfig {
         set_optional(&mut target.election.timeout_min, election_timeout_min.map(Duration::from_millis));
         set_optional(&mut target.election.timeout_max, election_timeout_max.map(Duration::from_millis));
         set_optional(&mut target.election.heartbeat_interval, heartbeat_interval.map(Duration::from_millis));
-        set(&mut target.snapshot_enabled, raft.snapshot.enable);
+        set(&mut target.snapshot.enabled, raft.snapshot.enable);
+        set(&mut target.snapshot.log_entries_max, raft.snapshot.max_log_entries_before_snapshot);
+        set(&mut target.snapshot.log_bytes_max, raft.snapshot.max_log_bytes_before_snapshot);
+        set(&mut target.snapshot.retained_log_entries, raft.snapshot.retained_log_entries);
         set(&mut target.watch.enabled, raft.watch.enabled);
         set(&mut target.state_machine.lease_enabled, raft.state_machine.lease.enabled);
         let retention = raft.state_machine.history.retention_ms.map(Duration::from_millis);

@@ -129,12 +129,25 @@ pub struct RaftConfig {
     pub election: ElectionConfig,
     /// `[raft.backpressure]`
     pub backpressure: BackpressureConfig,
-    /// `[raft.snapshot] enable`; not supported yet.
-    pub snapshot_enabled: bool,
+    /// `[raft.snapshot]`
+    pub snapshot: SnapshotConfig,
     /// `[raft.watch]`
     pub watch: WatchConfig,
     /// `[raft.state_machine]`
     pub state_machine: StateMachineConfig,
+}
+
+/// When a node makes a snapshot and purges its log.
+#[derive(Clone, Debug)]
+pub struct SnapshotConfig {
+    /// `enable`: whether it does so by itself.
+    pub enabled: bool,
+    /// `max_log_entries_before_snapshot`: entries applied since the last one.
+    pub log_entries_max: u64,
+    /// `max_log_bytes_before_snapshot`: bytes applied since the last one, or since the start.
+    pub log_bytes_max: u64,
+    /// `retained_log_entries`: entries kept behind it for members that are behind.
+    pub retained_log_entries: u64,
 }
 
 /// What the store does beyond keys and values.
@@ -348,6 +361,17 @@ impl Default for StateMachineConfig {
     fn default() -> Self {
         let history_retention = Duration::from_millis(limits::HISTORY_RETENTION_MS_DEFAULT);
         Self { lease_enabled: true, history_retention }
+    }
+}
+
+impl Default for SnapshotConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            log_entries_max: limits::SNAPSHOT_LOG_ENTRIES_DEFAULT,
+            log_bytes_max: limits::SNAPSHOT_LOG_BYTES_DEFAULT,
+            retained_log_entries: limits::RETAINED_LOG_ENTRIES_DEFAULT,
+        }
     }
 }
 

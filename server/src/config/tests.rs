@@ -404,7 +404,6 @@ fn bounds_that_would_let_nothing_through_are_refused() {
 fn what_would_silently_not_be_honoured_is_refused_as_not_supported_yet() {
     for (text, key) in [
         ("[raft.persistence]\nstrategy = \"MemFirst\"", "raft.persistence.strategy"),
-        ("[raft.snapshot]\nenable = true", "raft.snapshot.enable"),
         ("[cluster]\ninitial_cluster = [{ id = 1, address = \"a:1\", status = 1 }]", "cluster.initial_cluster"),
     ] {
         assert_refused(text, &[&format!("n1.toml:2: {key}"), "not supported yet"]);

@@ -34,9 +34,8 @@ fn invalid(config: &RaftNodeConfig, key: &'static str, problem: String, remedy: 
 fn unsupported(config: &RaftNodeConfig) -> Result<(), ConfigError> {
     let joining = config.cluster.initial_cluster.iter().any(|member| member.status == MemberStatus::Joining);
     let mem_first = config.raft.persistence.strategy == PersistenceStrategy::MemFirst;
-    let features: [(bool, &'static str, &'static str, &'static str); 3] = [
+    let features: [(bool, &'static str, &'static str, &'static str); 2] = [
         (mem_first, "raft.persistence.strategy", "\"MemFirst\"", "use \"DiskFirst\""),
-        (config.raft.snapshot_enabled, "raft.snapshot.enable", "true", "set it to false or leave it out"),
         (joining, "cluster.initial_cluster", "status \"joining\"", "list the founding members only, as \"active\""),
     ];
     match features.into_iter().find(|(wanted, ..)| *wanted) {
@@ -311,6 +310,15 @@ fn bounds(config: &RaftNodeConfig) -> Result<(), ConfigError> {
             format!("choose {} to {}, or 0 to keep history until it is compacted", bounds.start(), bounds.end());
         let problem = format!("{retention} ms is out of bounds");
         return Err(invalid(config, "raft.state_machine.history.retention_ms", problem, remedy));
+    }
+    for (key, value) in [
+        ("raft.snapshot.max_log_entries_before_snapshot", config.raft.snapshot.log_entries_max),
+        ("raft.snapshot.max_log_bytes_before_snapshot", config.raft.snapshot.log_bytes_max),
+    ] {
+        if value == 0 {
+            let remedy = "choose 1 or more, or set raft.snapshot.enable to false";
+            return Err(invalid(config, key, "0 would make snapshots without end".into(), remedy));
+        }
     }
     let timeout = milliseconds(config.network.call_timeout);
     let timeout_max = milliseconds(limits::CALL_TIMEOUT_MAX);

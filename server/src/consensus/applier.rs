@@ -5,6 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -13,25 +14,42 @@ use tokio::sync::watch;
 
 use super::entry;
 use super::leadership::Applied;
-use super::raft_types::{Answers, LogId, Payload, RaftMembership, StoredMembership, Types, from_position, to_position};
+use super::log::Log;
+use super::raft_types::{
+    Answers, LogId, Payload, RaftMembership, RaftSnapshot, SnapshotMeta, StoredMembership, Types, from_position,
+    to_position,
+};
+use super::snapshots::{Snapshot, Snapshots};
+use crate::metrics::Metrics;
 use crate::state_machine::{CommittedEntry, EntryContent, StateMachine, StoreTime};
+use crate::steps;
 use crate::storage::LogPosition;
 
 /// openraft's view of a [`StateMachine`].
 pub(super) struct Applier {
     state_machine: Arc<dyn StateMachine>,
+    log: Log,
     durable: watch::Receiver<Option<LogPosition>>,
     applied: watch::Sender<Applied>,
+    snapshots: Arc<Snapshots>,
+    metrics: Arc<Metrics>,
 }
 
 impl Applier {
-    /// `durable` is the log's; `applied` is told of every entry applied.
+    /// `applied` is told of every entry applied, and of every snapshot installed.
     pub(super) fn new(
         state_machine: Arc<dyn StateMachine>,
-        durable: watch::Receiver<Option<LogPosition>>,
+        log: Log,
         applied: watch::Sender<Applied>,
+        snapshots: Arc<Snapshots>,
+        metrics: Arc<Metrics>,
     ) -> Self {
-        Self { state_machine, durable, applied }
+        let durable = log.durable();
+        Self { state_machine, log, durable, applied, snapshots, metrics }
+    }
+
+    fn builder(&self) -> Builder {
+        Builder { snapshots: self.snapshots.clone(), state_machine: self.state_machine.clone() }
     }
 
     fn apply_entry(&self, position: LogPosition, payload: &Payload) -> io::Result<(StoreTime, Answers)> {
@@ -39,6 +57,7 @@ impl Applier {
         let content = match payload {
             Payload::Blank => EntryContent::Blank,
             Payload::Normal(batch) => {
+                self.snapshots.note_applied(batch.bytes());
                 let (proposed, commands) = batch.decode().map_err(io::Error::other)?;
                 // A batch proposed before its leader knew the store time of its predecessor's last one; the log's
                 // order makes this the same on every node.
@@ -53,19 +72,13 @@ impl Applier {
 }
 
 impl RaftStateMachine<Types> for Applier {
-    // Snapshots are built, sent and installed by a later part; until then the log is never purged.
-    type SnapshotData = ();
-    type SnapshotBuilder = NoSnapshots;
+    type SnapshotData = Arc<Snapshot>;
+    type SnapshotBuilder = Builder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
         let applied = self.state_machine.applied();
-        let membership = match applied.membership {
-            Some((position, bytes)) => StoredMembership::new(
-                Some(from_position(position)),
-                entry::decode_membership(&bytes).map_err(io::Error::other)?,
-            ),
-            None => StoredMembership::new(None, RaftMembership::default()),
-        };
+        let membership = applied.membership.as_ref().map(|(position, bytes)| (*position, &bytes[..]));
+        let membership = stored_membership(membership)?;
         Ok((applied.position.map(from_position), membership))
     }
 
@@ -87,38 +100,73 @@ impl RaftStateMachine<Types> for Applier {
         Ok(())
     }
 
-    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<NoSnapshots> {
-        None
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
+        (force || self.snapshots.current().is_some()).then(|| self.builder())
     }
 
-    async fn get_snapshot_builder(&mut self) -> NoSnapshots {
-        NoSnapshots
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        self.builder()
     }
 
-    async fn install_snapshot(
-        &mut self,
-        _meta: &openraft::alias::SnapshotMetaOf<Types>,
-        _snapshot: (),
-    ) -> Result<(), io::Error> {
-        Err(no_snapshots())
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: Arc<Snapshot>) -> Result<(), io::Error> {
+        let started = Instant::now();
+        let position = snapshot.position();
+        // Before the state is switched, so that the log never ends before the state: see `snapshots::recovery`.
+        self.log.purge_durably(position).await?;
+        steps::passed("install/purged").map_err(io::Error::other)?;
+        let (state_machine, state) = (self.state_machine.clone(), snapshot.state());
+        let restored = tokio::task::spawn_blocking(move || state_machine.restore(&state)).await;
+        restored.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        steps::passed("install/restored").map_err(io::Error::other)?;
+        let elapsed = started.elapsed();
+        self.metrics.snapshot_installed(elapsed);
+        tracing::info!(index = position.index.get(), ?elapsed, "installed a snapshot");
+        self.snapshots.replace(snapshot);
+        let store_time = self.state_machine.applied().store_time;
+        self.applied.send_replace(Applied { position: Some(position), store_time });
+        Ok(())
     }
 
-    async fn get_current_snapshot(&mut self) -> Result<Option<openraft::alias::SnapshotOf<Types, ()>>, io::Error> {
-        Ok(None)
+    async fn get_current_snapshot(&mut self) -> Result<Option<RaftSnapshot>, io::Error> {
+        self.snapshots.current().map(shown).transpose()
     }
 }
 
-/// Stands where a snapshot builder will.
-pub(super) struct NoSnapshots;
+/// Shows openraft the current snapshot. It builds none, see `compaction`, except at a start that finds a purged log and
+/// no snapshot.
+pub(super) struct Builder {
+    snapshots: Arc<Snapshots>,
+    state_machine: Arc<dyn StateMachine>,
+}
 
-impl RaftSnapshotBuilder<Types> for NoSnapshots {
-    type SnapshotData = ();
+impl RaftSnapshotBuilder<Types> for Builder {
+    type SnapshotData = Arc<Snapshot>;
 
-    async fn build_snapshot(&mut self) -> Result<openraft::alias::SnapshotOf<Types, ()>, io::Error> {
-        Err(no_snapshots())
+    async fn build_snapshot(&mut self) -> Result<RaftSnapshot, io::Error> {
+        if let Some(current) = self.snapshots.current() {
+            return shown(current);
+        }
+        let (snapshots, state_machine) = (self.snapshots.clone(), self.state_machine.clone());
+        let build = tokio::task::spawn_blocking(move || snapshots.build(&*state_machine));
+        let built = build.await.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        shown(built.ok_or_else(|| io::Error::other("there is nothing to make a snapshot of"))?)
     }
 }
 
-fn no_snapshots() -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, "this version builds and installs no snapshots")
+/// The snapshot as openraft sees it.
+pub(super) fn shown(snapshot: Arc<Snapshot>) -> io::Result<RaftSnapshot> {
+    let manifest = snapshot.manifest();
+    let last_membership = stored_membership(manifest.membership())?;
+    let meta = SnapshotMeta { last_log_id: Some(from_position(manifest.position())), last_membership };
+    Ok(RaftSnapshot { meta, snapshot })
+}
+
+fn stored_membership(membership: Option<(LogPosition, &[u8])>) -> io::Result<StoredMembership> {
+    Ok(match membership {
+        Some((position, bytes)) => StoredMembership::new(
+            Some(from_position(position)),
+            entry::decode_membership(bytes).map_err(io::Error::other)?,
+        ),
+        None => StoredMembership::new(None, RaftMembership::default()),
+    })
 }

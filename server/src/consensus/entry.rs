@@ -62,6 +62,11 @@ impl Batch {
         Self(buffer.freeze())
     }
 
+    /// What it takes in the log.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.len()
+    }
+
     /// The store time and the commands, sharing this batch's memory.
     pub(super) fn decode(&self) -> Result<(StoreTime, Vec<Bytes>), DecodeError> {
         let mut rest = self.0.clone();

@@ -1,16 +1,18 @@
 //! The facade: starts a Raft node and is all that the rest of the server sees of it.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term, v1};
+use openraft::StepDownPolicy;
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::{SnapshotPolicy, StepDownPolicy};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::applier::Applier;
+use super::compaction::{Compaction, Order, SnapshotError, SnapshotPolicy};
 use super::formation::{Formation, MembershipRefused};
 use super::gathering::{Gathering, Ticket};
 use super::leadership::{Applied, LeaderInfo, Leadership, Monitor, Role};
@@ -21,6 +23,7 @@ use super::peer_service::{self, PeerService, Quarantine};
 use super::proposer::{ProposeError, Proposer};
 use super::raft_types::{Raft, StoredMembership};
 use super::read_index::{ReadIndex, ReadIndexError};
+use super::snapshots::{self, Snapshots};
 use crate::clock::Moment;
 use crate::limits::APPEND_ENTRIES_MAX;
 use crate::metrics::Metrics;
@@ -56,6 +59,10 @@ pub struct ConsensusConfig {
     pub timings: Timings,
     /// Bytes of proposals that may wait for their answer.
     pub pending_bytes_max: usize,
+    /// Where snapshots are, in a directory of their own beside that of the state machine.
+    pub snapshot_directory: PathBuf,
+    /// When they are made.
+    pub snapshot_policy: SnapshotPolicy,
 }
 
 /// Why a node does not start, or had to stop.
@@ -121,6 +128,8 @@ struct Inner {
     state_machine: Arc<dyn StateMachine>,
     applied: watch::Receiver<Applied>,
     failure: watch::Receiver<Option<StartError>>,
+    /// Wishes for a snapshot.
+    orders: mpsc::Sender<Order>,
     timings: Timings,
 }
 
@@ -137,18 +146,19 @@ impl Consensus {
         metrics: Arc<Metrics>,
         tls: Option<Arc<Tls>>,
     ) -> Result<(Self, peer_service::Server), StartError> {
+        let snapshots = recover(&config, &engine, &state_machine).await?;
         let state = engine.state().map_err(Arc::new)?;
         let recovered = state_machine.applied();
-        check_log_reaches(&state, recovered.position)?;
         let identity = claim_directory(&*engine, &state, config.node_id)?;
         let local = Arc::new(LocalIdentity::new(config.node_id.get(), identity.incarnation, identity.cluster_id));
         let log = Log::start(engine, &state, metrics.clone()).map_err(|error| StartError::Raft(error.to_string()))?;
         let stall = (2 * config.timings.election_max).max(Duration::from_secs(1));
-        let peers = Peers::new(local.clone(), stall, tls.clone());
+        let peers = Peers::new(local.clone(), stall, tls.clone(), metrics.clone());
 
         let (applied_sender, applied) =
             watch::channel(Applied { position: recovered.position, store_time: recovered.store_time });
-        let applier = Applier::new(state_machine.clone(), log.durable(), applied_sender);
+        let applier =
+            Applier::new(state_machine.clone(), log.clone(), applied_sender, snapshots.clone(), metrics.clone());
         let raft_config = Arc::new(raft_config(&config.timings)?);
         let raft = Raft::new(config.node_id.get(), raft_config, peers.clone(), log.clone(), applier)
             .await
@@ -182,7 +192,20 @@ impl Consensus {
             read_index: read_index.clone(),
             formation: formation.clone(),
             quarantine,
+            snapshots: snapshots.clone(),
+            applied: applied.clone(),
+            metrics: metrics.clone(),
         };
+        let (orders, ordered) = mpsc::channel(1);
+        let compaction = Compaction {
+            raft: raft.clone(),
+            snapshots,
+            state_machine: state_machine.clone(),
+            applied: applied.clone(),
+            policy: config.snapshot_policy,
+            metrics: metrics.clone(),
+        };
+        tokio::spawn(compaction.run(ordered));
         let proposer = Proposer::start(raft.clone(), leadership.clone(), metrics, config.pending_bytes_max);
         let told_commit = peers.told_commit().clone();
         let failure = watch_for_failure(&raft, &log, formation, peers, monitoring);
@@ -197,6 +220,7 @@ impl Consensus {
             state_machine,
             applied,
             failure,
+            orders,
             timings: config.timings,
         };
         Ok((Self { inner: Arc::new(inner) }, peer_service::server(Arc::new(service), tls)))
@@ -363,6 +387,17 @@ impl Consensus {
         self.inner.failure.clone()
     }
 
+    /// Makes a snapshot of what is applied here now, or finds it made, and has the log purged behind it. Answers the last
+    /// entry in it. Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`]; the node goes on without.
+    pub async fn trigger_snapshot(&self) -> Result<LogIndex, SnapshotError> {
+        let (order, done) = oneshot::channel();
+        self.inner.orders.send(order).await.map_err(|_| SnapshotError::Stopped)?;
+        done.await.unwrap_or(Err(SnapshotError::Stopped))
+    }
+
     /// Hands leadership to another voter, the most up-to-date one, and waits until it is taken or `patience` is
     /// over. Does nothing on a node that does not lead or has nobody to hand it to.
     ///
@@ -418,6 +453,30 @@ impl Consensus {
     }
 }
 
+/// Opens the snapshots, and goes on with the installation of one that a crash interrupted.
+async fn recover(
+    config: &ConsensusConfig,
+    engine: &Arc<dyn StorageEngine>,
+    state_machine: &Arc<dyn StateMachine>,
+) -> Result<Arc<Snapshots>, StartError> {
+    let (engine, state_machine) = (engine.clone(), state_machine.clone());
+    let directory = config.snapshot_directory.clone();
+    let recovering = tokio::task::spawn_blocking(move || {
+        let state = engine.state().map_err(Arc::new)?;
+        let snapshots = Snapshots::open(&directory).map_err(Arc::new)?;
+        let applied = state_machine.applied().position;
+        check_log_reaches(&state, applied)?;
+        if state.identity.is_none()
+            && let Some(snapshot) = snapshots.current()
+        {
+            return Err(StartError::StateWithoutLog { applied: snapshot.position().index, last: LogIndex(0) });
+        }
+        snapshots::recover(&snapshots, &*engine, &*state_machine).map_err(Arc::new)?;
+        Ok(Arc::new(snapshots))
+    });
+    recovering.await.map_err(|error| StartError::Raft(error.to_string()))?
+}
+
 /// A state machine that is ahead of the log could never be brought to the state of the others.
 fn check_log_reaches(state: &StorageState, applied: Option<LogPosition>) -> Result<(), StartError> {
     let last = state.last.max(state.purged).map_or(LogIndex(0), |position| position.index);
@@ -450,7 +509,9 @@ fn raft_config(timings: &Timings) -> Result<openraft::Config, StartError> {
         election_timeout_min: milliseconds(timings.election_min),
         election_timeout_max: milliseconds(timings.election_max),
         max_payload_entries: APPEND_ENTRIES_MAX,
-        snapshot_policy: SnapshotPolicy::Never,
+        // `compaction` sees to both.
+        snapshot_policy: openraft::SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
         // The removed leader's step-down is ours to drive, together with its read lease.
         removed_leader_step_down: StepDownPolicy::Never,
         quorum_loss_probe_interval: Some(3 * milliseconds(timings.election_max)),

@@ -123,6 +123,12 @@ impl Log {
         self.shared.fault.clone()
     }
 
+    /// Drops every entry up to `upto` from the disk; done on return. Only while nobody reads them: a snapshot is being
+    /// installed.
+    pub(super) async fn purge_durably(&self, upto: LogPosition) -> io::Result<()> {
+        self.save(StorageOperation::PurgeTo(upto)).await
+    }
+
     /// Makes the identity durable.
     pub(super) async fn save_identity(&self, identity: Identity) -> io::Result<()> {
         self.save(StorageOperation::SaveIdentity(identity)).await

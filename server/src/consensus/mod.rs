@@ -9,10 +9,12 @@
 //!              (batches)       │  ▲       └► network ──► peers ──► their log
 //!                              │  └──────────────────────┘ acknowledgements
 //!                              └► applier ──► StateMachine ──► answers straight to the callers
+//!                                                  └► snapshots ──► peers that need what the log has no more
 //! ```
 
 mod appends;
 mod applier;
+mod compaction;
 mod entry;
 mod formation;
 mod gathering;
@@ -26,9 +28,11 @@ mod proposer;
 mod raft_types;
 mod read_index;
 mod runtime;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 
+pub use compaction::{SnapshotError, SnapshotPolicy};
 pub use formation::MembershipRefused;
 pub use gathering::{Gathering, Ticket};
 pub use handle::{Consensus, ConsensusConfig, RaftProgress, StartError, Timings};

@@ -3,7 +3,6 @@
 //! Every message carries a [`v1::Route`]: who speaks and which incarnation is meant, see `peer_service`.
 
 use std::collections::HashMap;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,6 +12,7 @@ use d_engine_proto::{LogIndex, v1};
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt, stream};
+use openraft::OptionalSend;
 use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{
     Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption, RaftNetworkFactory,
@@ -21,7 +21,6 @@ use openraft::raft::{
     AppendEntriesRequest, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
-use openraft::{OptionalSend, alias::SnapshotOf};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,9 +30,13 @@ use tonic::transport::{Channel, Endpoint};
 use super::appends::Appends;
 use super::entry;
 use super::member::Member;
-use super::raft_types::{LogId, RaftVote, Types, from_vote, to_position, to_vote};
+use super::raft_types::{LogId, RaftSnapshot, RaftVote, Types, from_vote, to_position, to_vote};
 use super::read_index::Confirmation;
-use crate::limits::{APPENDS_IN_FLIGHT_MAX, CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX};
+use super::snapshots::{Outgoing, Snapshot};
+use crate::limits::{
+    APPENDS_IN_FLIGHT_MAX, CONNECTION_WINDOW_BYTES, PEER_MESSAGE_BYTES_MAX, SNAPSHOT_CHUNKS_IN_FLIGHT_MAX,
+};
+use crate::metrics::Metrics;
 use crate::state_machine::StoreTime;
 use crate::storage::{LogPosition, LogRecord, Vote};
 use crate::tls::{PeerConnector, Tls};
@@ -86,11 +89,15 @@ impl ToldCommit {
     }
 }
 
-/// Two connections per peer, so that a heartbeat or a vote never waits behind data.
+/// Stalls that the answer to a piece of a snapshot may take: an fsync of a large file is in it.
+const SNAPSHOT_WRITE_STALLS: u32 = 10;
+
+/// Connections to a peer, so that a heartbeat or a vote never waits behind data, nor either behind a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Lane {
     Data,
     Control,
+    Snapshot,
 }
 
 /// Connections to the peers. Clones share them.
@@ -100,13 +107,19 @@ pub(super) struct Peers {
     channels: Arc<Mutex<HashMap<(String, Lane), Channel>>>,
     told_commit: Arc<ToldCommit>,
     tls: Option<Arc<Tls>>,
+    metrics: Arc<Metrics>,
     /// A stream on which nothing moves for this long, though something should, is broken.
     stall: Duration,
 }
 
 impl Peers {
-    pub(super) fn new(local: Arc<LocalIdentity>, stall: Duration, tls: Option<Arc<Tls>>) -> Self {
-        Self { local, channels: Arc::default(), told_commit: Arc::default(), tls, stall }
+    pub(super) fn new(
+        local: Arc<LocalIdentity>,
+        stall: Duration,
+        tls: Option<Arc<Tls>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { local, channels: Arc::default(), told_commit: Arc::default(), tls, metrics, stall }
     }
 
     /// The commit position that the peers were told.
@@ -140,6 +153,11 @@ impl Peers {
         Ok(PeerClient::new(channel)
             .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX))
+    }
+
+    /// Lets a connection go; the next call makes another.
+    fn disconnect(&self, address: &str, lane: Lane) {
+        self.channels.lock().remove(&(address.to_owned(), lane));
     }
 
     fn route(&self, to: u32, to_incarnation: u64) -> v1::Route {
@@ -189,11 +207,11 @@ impl RaftNetworkFactory<Types> for Peers {
     type Network = Connection;
 
     async fn new_client(&mut self, target: u32, node: &Member) -> Connection {
-        Connection { peers: self.clone(), target, member: node.clone(), lane: Lane::Data }
+        Connection { peers: self.clone(), target, member: node.clone(), lane: Lane::Data, snapshot_failure: None }
     }
 
     async fn new_heartbeat_client(&mut self, target: u32, node: &Member) -> Connection {
-        Connection { peers: self.clone(), target, member: node.clone(), lane: Lane::Control }
+        Connection { peers: self.clone(), target, member: node.clone(), lane: Lane::Control, snapshot_failure: None }
     }
 }
 
@@ -203,6 +221,8 @@ pub(super) struct Connection {
     target: u32,
     member: Member,
     lane: Lane,
+    /// What was last said of a snapshot that did not arrive.
+    snapshot_failure: Option<String>,
 }
 
 impl Connection {
@@ -291,18 +311,100 @@ impl NetTransferLeader<Types> for Connection {
 }
 
 impl NetSnapshot<Types> for Connection {
-    // See `applier`: the log is never purged yet, so that openraft never asks for this.
-    type SnapshotData = ();
+    type SnapshotData = Arc<Snapshot>;
 
     async fn full_snapshot(
         &mut self,
-        _vote: RaftVote,
-        _snapshot: SnapshotOf<Types, ()>,
-        _cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        vote: RaftVote,
+        snapshot: RaftSnapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        let error = io::Error::new(io::ErrorKind::Unsupported, "this version sends no snapshots");
-        Err(StreamingError::Unreachable(Unreachable::new(&error)))
+        let index = snapshot.snapshot.position().index.get();
+        let sent = tokio::select! {
+            closed = cancel => return Err(closed.into()),
+            sent = self.send_snapshot(vote, snapshot.snapshot) => sent,
+        };
+        // Idle, it would be probed for ever.
+        self.peers.disconnect(&self.member.peer_address, Lane::Snapshot);
+        match sent {
+            Ok(vote) => {
+                self.snapshot_failure = None;
+                tracing::info!(to = self.target, index, "the snapshot arrived");
+                Ok(SnapshotResponse::new(vote))
+            }
+            Err(status) => {
+                let reason = status.message().to_owned();
+                // It is tried again several times a second.
+                if self.snapshot_failure.as_ref() != Some(&reason) {
+                    tracing::warn!(
+                        to = self.target,
+                        index,
+                        reason,
+                        "sending a snapshot broke off; it goes on from there"
+                    );
+                    self.snapshot_failure = Some(reason);
+                }
+                Err(StreamingError::Unreachable(Unreachable::from_string(status.message())))
+            }
+        }
+    }
+}
+
+impl Connection {
+    /// Sends what the receiver does not have yet, few pieces ahead of what it has written: the disks and the network
+    /// between the two have other things to do. Answers the receiver's vote once it has installed the snapshot.
+    async fn send_snapshot(&self, vote: RaftVote, snapshot: Arc<Snapshot>) -> Result<RaftVote, Status> {
+        use v1::snapshot_request::Part;
+        use v1::snapshot_response::Result as Answer;
+
+        let stall = self.peers.stall;
+        let manifest = snapshot.manifest().encode();
+        let begin = v1::SnapshotBegin {
+            route: Some(self.route()),
+            vote: Some(vote_out(&vote)),
+            manifest_crc32c: crc32c::crc32c(&manifest),
+            manifest: manifest.into(),
+        };
+        let (requests, outgoing) = mpsc::channel(1 + SNAPSHOT_CHUNKS_IN_FLIGHT_MAX);
+        let gone = |_| Status::unavailable("the peer ended the transfer");
+        requests.send(v1::SnapshotRequest { part: Some(Part::Begin(begin)) }).await.map_err(gone)?;
+        let mut client = self.peers.client(&self.member.peer_address, Lane::Snapshot)?;
+        let call = client.snapshot(ReceiverStream::new(outgoing));
+        let mut answers = within(stall, call).await?.into_inner();
+        // The receiver may have to read what it has.
+        let resume = match answers.message().await?.and_then(|answer| answer.result) {
+            Some(Answer::Resume(resume)) => resume,
+            Some(Answer::Done(vote)) => return vote_in(Some(vote)),
+            _ => return Err(Status::internal("the peer did not say where to begin")),
+        };
+        tracing::info!(to = self.target, file = resume.file, offset = resume.offset, "sending a snapshot");
+        let mut pieces = Some(Outgoing::new(snapshot, resume));
+        let mut in_flight = 0;
+        loop {
+            while in_flight < SNAPSHOT_CHUNKS_IN_FLIGHT_MAX
+                && let Some(mut outgoing) = pieces.take()
+            {
+                let read = tokio::task::spawn_blocking(move || (outgoing.next(), outgoing));
+                let (piece, outgoing) = read.await.map_err(|error| Status::internal(error.to_string()))?;
+                let Some(piece) = piece.map_err(|error| Status::data_loss(error.to_string()))? else { break };
+                self.peers.metrics.snapshot_sent(piece.data.len());
+                requests.send(v1::SnapshotRequest { part: Some(Part::Chunk(piece)) }).await.map_err(gone)?;
+                in_flight += 1;
+                pieces = Some(outgoing);
+            }
+            let answer = if in_flight > 0 {
+                within(SNAPSHOT_WRITE_STALLS * stall, answers.message()).await?
+            } else {
+                // It installs; whether it is there at all is for the connection's probes to find out.
+                answers.message().await?
+            };
+            match answer.and_then(|answer| answer.result) {
+                Some(Answer::Written(_)) => in_flight -= 1,
+                Some(Answer::Done(vote)) => return vote_in(Some(vote)),
+                _ => return Err(Status::unavailable("the peer ended the transfer")),
+            }
+        }
     }
 }
 

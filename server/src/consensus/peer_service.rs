@@ -27,20 +27,26 @@ use d_engine_proto::{DetailedStatus, ErrorCode};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::applier;
 use super::formation::Formation;
-use super::leadership::Leadership;
+use super::leadership::{Applied, Leadership};
 use super::log::Log;
 use super::network::{
-    LocalIdentity, append_from_wire, append_result_to_wire, log_id_in, vote_from_wire, vote_in, vote_response_to_wire,
+    LocalIdentity, append_from_wire, append_result_to_wire, log_id_in, vote_from_wire, vote_in, vote_out,
+    vote_response_to_wire,
 };
 use super::raft_types::{Raft, RaftVote, Types};
 use super::read_index::ReadIndex;
+use super::snapshots::{Manifest, ReceiveError, Snapshots};
 use crate::clock::Moment;
-use crate::limits::PEER_MESSAGE_BYTES_MAX;
+use crate::limits::{PEER_MESSAGE_BYTES_MAX, SNAPSHOT_CHUNKS_IN_FLIGHT_MAX};
+use crate::metrics::Metrics;
 use crate::storage::Identity;
 use crate::tls::Tls;
 
@@ -78,6 +84,9 @@ pub(super) struct PeerService {
     pub(super) read_index: Arc<ReadIndex>,
     pub(super) formation: Arc<Formation>,
     pub(super) quarantine: Quarantine,
+    pub(super) snapshots: Arc<Snapshots>,
+    pub(super) applied: watch::Receiver<Applied>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 /// What the peers talk to, ready to be added to a gRPC server.
@@ -171,6 +180,60 @@ impl PeerService {
         })))
     }
 
+    /// Receives a snapshot and installs it. Ends early when the leader goes away; what is there by then stays.
+    async fn receive(
+        &self,
+        mut requests: Streaming<v1::SnapshotRequest>,
+        answers: &mpsc::Sender<Result<v1::SnapshotResponse, Status>>,
+    ) -> Result<RaftVote, Status> {
+        use v1::snapshot_request::Part;
+        use v1::snapshot_response::{Result as Answer, Written};
+
+        let gone = |_| Status::cancelled("the leader is gone");
+        let answer = |result| Ok(v1::SnapshotResponse { result: Some(result) });
+        let Some(Part::Begin(begin)) = requests.message().await?.and_then(|request| request.part) else {
+            return Err(Status::invalid_argument("a transfer begins with a manifest"));
+        };
+        self.admit(begin.route.as_ref()).await?;
+        let vote = vote_in(begin.vote)?;
+        let promised = self.raft.metrics().borrow_watched().vote;
+        if begin.manifest_crc32c != crc32c::crc32c(&begin.manifest) {
+            return Err(Status::data_loss("the manifest was damaged on its way"));
+        }
+        let manifest = Manifest::decode(&begin.manifest).map_err(Status::invalid_argument)?;
+        if promised > vote || self.applied.borrow().position >= Some(manifest.position()) {
+            return Ok(promised);
+        }
+        let snapshots = self.snapshots.clone();
+        let (transfer, resume) = blocking(move || snapshots.begin(manifest)).await?;
+        let index = self.applied.borrow().position.map_or(0, |position| position.index.get());
+        tracing::info!(applied = index, file = resume.file, offset = resume.offset, "receiving a snapshot");
+        answers.send(answer(Answer::Resume(resume))).await.map_err(gone)?;
+        while !self.snapshots.is_received(transfer) {
+            let Some(Part::Chunk(chunk)) = requests.message().await?.and_then(|request| request.part) else {
+                return Err(Status::aborted("the transfer ended early"));
+            };
+            let (snapshots, bytes) = (self.snapshots.clone(), chunk.data.len());
+            blocking(move || snapshots.take(transfer, &chunk)).await?;
+            self.metrics.snapshot_received(bytes);
+            answers.send(answer(Answer::Written(Written {}))).await.map_err(gone)?;
+        }
+        let snapshots = self.snapshots.clone();
+        let snapshot = blocking(move || snapshots.received(transfer)).await?;
+        let shown = applier::shown(snapshot.clone()).map_err(|error| Status::data_loss(error.to_string()))?;
+        let response = self.raft.install_full_snapshot(vote, shown).await.map_err(stopped)?;
+        let snapshots = self.snapshots.clone();
+        // openraft may have had no use for it.
+        blocking(move || {
+            if snapshots.current().is_none_or(|current| !Arc::ptr_eq(&current, &snapshot)) {
+                snapshots.give_up(snapshot);
+            }
+            Ok(snapshots.sweep()?)
+        })
+        .await?;
+        Ok(response.vote)
+    }
+
     async fn cast(&self, request: v1::VoteRequest, only_asking: bool) -> Result<v1::VoteResponse, Status> {
         self.admit(request.route.as_ref()).await?;
         let request = vote_from_wire(&request)?;
@@ -188,15 +251,28 @@ impl PeerService {
     }
 }
 
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ReceiveError> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(|error| Status::internal(error.to_string()))?;
+    done.map_err(|error| match &error {
+        ReceiveError::Refused(_) => Status::data_loss(error.to_string()),
+        ReceiveError::Superseded => Status::aborted(error.to_string()),
+        ReceiveError::NoSpace { .. } | ReceiveError::Storage(_) => Status::resource_exhausted(error.to_string()),
+    })
+}
+
 fn stopped(error: impl std::fmt::Display) -> Status {
     Status::unavailable(error.to_string())
 }
 
+type SnapshotResponses = ReceiverStream<Result<v1::SnapshotResponse, Status>>;
 type AppendResponses = Pin<Box<dyn Stream<Item = Result<v1::AppendResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Peer for Gate {
     type AppendStream = AppendResponses;
+    type SnapshotStream = SnapshotResponses;
 
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
         let request = request.into_inner();
@@ -245,5 +321,24 @@ impl Peer for Gate {
         let confirmed = self.0.read_index.as_leader().await.map_err(stopped)?;
         let store_time_ns = u64::try_from(confirmed.store_time.0.as_nanos()).unwrap_or(u64::MAX);
         Ok(Response::new(v1::ReadIndexResponse { index: confirmed.index.get(), store_time_ns }))
+    }
+
+    async fn snapshot(
+        &self,
+        request: Request<Streaming<v1::SnapshotRequest>>,
+    ) -> Result<Response<SnapshotResponses>, Status> {
+        let service = self.0.clone();
+        let (answers, responses) = mpsc::channel(SNAPSHOT_CHUNKS_IN_FLIGHT_MAX);
+        // A task of its own: once everything is there, it is installed whether or not the leader waits for it.
+        tokio::spawn(async move {
+            let received = service.receive(request.into_inner(), &answers).await;
+            if let Err(error) = &received {
+                tracing::debug!(%error, "a snapshot was not received whole");
+            }
+            let done = |vote| v1::snapshot_response::Result::Done(vote_out(&vote));
+            // The leader may be gone.
+            let _ = answers.send(received.map(|vote| v1::SnapshotResponse { result: Some(done(vote)) })).await;
+        });
+        Ok(Response::new(ReceiverStream::new(responses)))
     }
 }

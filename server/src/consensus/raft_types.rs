@@ -1,6 +1,7 @@
 //! openraft's types as configured here, and the conversions to and from the plain types of `storage`.
 
 use std::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term};
@@ -11,6 +12,7 @@ use openraft::{OptionalSend, RaftTypeConfig};
 use super::entry::Batch;
 use super::member::Member;
 use super::runtime::Runtime;
+use super::snapshots::Snapshot;
 use crate::storage::{LogPosition, Vote};
 
 /// openraft's type parameters.
@@ -25,6 +27,8 @@ pub(super) type Payload = openraft::EntryPayload<Batch, u32, Member>;
 pub(super) type Entry = openraft::alias::EntryOf<Types>;
 pub(super) type RaftMembership = openraft::Membership<u32, Member>;
 pub(super) type StoredMembership = openraft::alias::StoredMembershipOf<Types>;
+pub(super) type SnapshotMeta = openraft::alias::SnapshotMetaOf<Types>;
+pub(super) type RaftSnapshot = openraft::alias::SnapshotOf<Types, Arc<Snapshot>>;
 pub(super) type Raft = openraft::Raft<Types, super::applier::Applier>;
 pub(super) type WriteResult = openraft::raft::ClientWriteResult<Types>;
 

@@ -2,7 +2,10 @@
 //! that is a list. Whatever needs processes that die is tested on the real binary.
 
 mod groups;
+mod snapshots;
 
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +45,7 @@ impl StateMachine for List {
     }
 
     fn durable(&self) -> Option<LogPosition> {
-        None
+        self.applied().position
     }
 
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
@@ -73,12 +76,43 @@ impl StateMachine for List {
     fn flush(&self) -> Result<(), StorageError> {
         Ok(())
     }
+
+    /// A file for each command, and what they stand for.
+    fn save(&self, directory: &Path) -> Result<AppliedState, StorageError> {
+        let (applied, list) = self.0.lock().clone();
+        for (number, command) in list.iter().enumerate() {
+            fs::write(directory.join(format!("{number:06}")), command).unwrap();
+        }
+        let position = applied.position.unwrap();
+        let (membership, bytes) = applied.membership.clone().unwrap();
+        let numbers = [position, membership].map(|at| (at.term.get(), at.index.get()));
+        let text = format!("{numbers:?} {}", applied.store_time.as_nanos());
+        fs::write(directory.join("position"), text.replace(['[', ']', '(', ')', ','], "")).unwrap();
+        fs::write(directory.join("membership"), bytes).unwrap();
+        Ok(applied)
+    }
+
+    fn restore(&self, directory: &Path) -> Result<(), StorageError> {
+        let text = fs::read_to_string(directory.join("position")).unwrap();
+        let numbers: Vec<u64> = text.split(' ').map(|number| number.parse().unwrap()).collect();
+        let at = |term: u64, index: u64| LogPosition { term: term.into(), index: index.into() };
+        let membership = fs::read(directory.join("membership")).unwrap().into();
+        let applied = AppliedState {
+            position: Some(at(numbers[0], numbers[1])),
+            store_time: StoreTime::from_nanos(numbers[4]),
+            membership: Some((at(numbers[2], numbers[3]), membership)),
+        };
+        let commands = (0..).map_while(|number: u32| fs::read(directory.join(format!("{number:06}"))).ok());
+        *self.0.lock() = (applied, commands.map(Bytes::from).collect());
+        Ok(())
+    }
 }
 
 struct Node {
     consensus: Consensus,
     list: Arc<List>,
     serving: oneshot::Sender<()>,
+    _snapshots: tempfile::TempDir,
 }
 
 impl Node {
@@ -89,6 +123,7 @@ impl Node {
         listener: tokio::net::TcpListener,
     ) -> Self {
         let list = Arc::new(List::default());
+        let directory = tempfile::tempdir().unwrap();
         let config = ConsensusConfig {
             node_id: NodeId(id),
             initial_cluster: members.to_vec(),
@@ -96,6 +131,8 @@ impl Node {
             application_address: String::new(),
             timings: TIMINGS,
             pending_bytes_max: 1 << 20,
+            snapshot_directory: directory.path().to_owned(),
+            snapshot_policy: SnapshotPolicy::OFF,
         };
         let engine: Arc<dyn StorageEngine> = engine;
         let (consensus, peers) =
@@ -108,7 +145,7 @@ impl Node {
             },
         );
         tokio::spawn(serve);
-        Self { consensus, list, serving }
+        Self { consensus, list, serving, _snapshots: directory }
     }
 
     async fn stop(self) {
@@ -347,6 +384,7 @@ async fn another_nodes_directory_is_refused() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let members = [v1::InitialMember { id: 1, address: listener.local_addr().unwrap().to_string(), learner: false }];
     Node::start(1, &members, engine.clone(), listener).await.stop().await;
+    let directory = tempfile::tempdir().unwrap();
     let config = ConsensusConfig {
         node_id: NodeId(2),
         initial_cluster: vec![],
@@ -354,6 +392,8 @@ async fn another_nodes_directory_is_refused() {
         application_address: String::new(),
         timings: TIMINGS,
         pending_bytes_max: 1 << 20,
+        snapshot_directory: directory.path().to_owned(),
+        snapshot_policy: SnapshotPolicy::OFF,
     };
     let engine: Arc<dyn StorageEngine> = engine;
     let refused = Consensus::start(config, engine, Arc::<List>::default(), Arc::default(), None).await.err().unwrap();
@@ -395,6 +435,7 @@ async fn an_initial_learner_becomes_a_member_and_follows() {
 async fn a_state_without_its_log_is_refused() {
     let list = Arc::new(List::default());
     list.0.lock().0.position = Some(LogPosition { term: 3.into(), index: 17.into() });
+    let directory = tempfile::tempdir().unwrap();
     let config = ConsensusConfig {
         node_id: NodeId(1),
         initial_cluster: vec![],
@@ -402,6 +443,8 @@ async fn a_state_without_its_log_is_refused() {
         application_address: String::new(),
         timings: TIMINGS,
         pending_bytes_max: 1 << 20,
+        snapshot_directory: directory.path().to_owned(),
+        snapshot_policy: SnapshotPolicy::OFF,
     };
     let engine: Arc<dyn StorageEngine> = Arc::new(MemoryStorageEngine::default());
     let refused = Consensus::start(config, engine, list, Arc::default(), None).await.err().unwrap();

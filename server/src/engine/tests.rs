@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::config::RaftNodeConfig;
-use crate::consensus::ConsensusConfig;
+use crate::consensus::{ConsensusConfig, SnapshotPolicy};
 use crate::services::{bind, serve};
 use crate::state_machine::StoreTime;
 use crate::storage::MemoryStorageEngine;
@@ -59,7 +59,7 @@ impl Cluster {
         let mut started = Vec::new();
         for (listener, id) in listeners.into_iter().zip(1..) {
             let directory = tempfile::tempdir().unwrap();
-            let kv = Arc::new(KvStateMachine::open(directory.path()).unwrap());
+            let kv = Arc::new(KvStateMachine::open(&directory.path().join("state")).unwrap());
             let node_config = RaftNodeConfig::default();
             let consensus_config = ConsensusConfig {
                 node_id: NodeId(id),
@@ -68,6 +68,8 @@ impl Cluster {
                 application_address: String::new(),
                 timings: node_config.raft.timings(),
                 pending_bytes_max: node_config.raft.backpressure.max_pending_bytes,
+                snapshot_directory: directory.path().join("snapshots"),
+                snapshot_policy: SnapshotPolicy::OFF,
             };
             let metrics = Arc::new(Metrics::new());
             let storage = Arc::new(MemoryStorageEngine::default());

@@ -28,7 +28,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus}
 
 use super::*;
 use crate::config::RaftNodeConfig;
-use crate::consensus::{Consensus, ConsensusConfig};
+use crate::consensus::{Consensus, ConsensusConfig, SnapshotPolicy};
 use crate::engine::{EngineConfig, ReadPolicy};
 use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, REQUEST_BYTES_MAX};
 use crate::metrics::{Figures, Metrics};
@@ -55,7 +55,7 @@ impl Node {
         let listener = bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let directory = tempfile::tempdir().unwrap();
-        let kv = Arc::new(KvStateMachine::open(directory.path()).unwrap());
+        let kv = Arc::new(KvStateMachine::open(&directory.path().join("state")).unwrap());
         let metrics = Arc::new(Metrics::new());
         let consensus_config = ConsensusConfig {
             node_id: NodeId(1),
@@ -64,6 +64,8 @@ impl Node {
             application_address: String::new(),
             timings: config.raft.timings(),
             pending_bytes_max: config.raft.backpressure.max_pending_bytes,
+            snapshot_directory: directory.path().join("snapshots"),
+            snapshot_policy: SnapshotPolicy::OFF,
         };
         let storage = Arc::new(MemoryStorageEngine::default());
         let (consensus, peers) =

@@ -5,8 +5,10 @@
 
 pub mod kv;
 
-use bytes::Bytes;
+use std::path::Path;
 use std::time::Duration;
+
+use bytes::Bytes;
 
 use crate::storage::{LogPosition, StorageError};
 
@@ -101,9 +103,26 @@ pub trait StateMachine: Send + Sync + 'static {
     /// Only for a failing disk.
     fn query(&self, query: Bytes) -> Result<Bytes, StorageError>;
 
-    /// Makes everything applied durable, as far as possible, before the process ends.
+    /// Makes everything applied durable, as far as possible: before the process ends, and before the log is purged.
     ///
     /// # Errors
     /// When the disk refuses.
     fn flush(&self) -> Result<(), StorageError>;
+
+    /// Writes a copy of the state into files below `directory`, which is there and empty, and answers what the copy
+    /// stands for: the state after one entry, that may be any from the last one applied before the call on. Files and
+    /// directories only; they may be links to files that are never written to again. Whoever called makes them durable
+    /// and keeps their checksums. May take long and run while `apply` does, which should not wait for it.
+    ///
+    /// # Errors
+    /// When the disk refuses. The node goes on, and tries again later.
+    fn save(&self, directory: &Path) -> Result<AppliedState, StorageError>;
+
+    /// Replaces the state by what [`save`](Self::save) wrote, on this node or another: on return `applied` and `durable`
+    /// tell its position, and queries see it. A crash leaves the old state or the new one, whole. `directory` stays as it
+    /// is and is not needed afterwards. Never runs while `apply` does.
+    ///
+    /// # Errors
+    /// When the disk refuses or the copy makes no sense: the node stops, with the old state or the new one.
+    fn restore(&self, directory: &Path) -> Result<(), StorageError>;
 }

@@ -52,13 +52,7 @@ impl Directory {
             return Err(StorageError::Foreign { path: path.into(), message: "it is a file".into() });
         }
         create_durably(path).map_err(|error| io_error("create directory", path, &error))?;
-        let handle = File::open(path).map_err(|error| io_error("open directory", path, &error))?;
-        match handle.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(StorageError::Locked { path: path.into() }),
-            Err(TryLockError::Error(error)) => return Err(io_error("lock directory", path, &error)),
-        }
-
+        let handle = lock(path)?;
         let mut directory = Self { path: path.into(), handle, sealed: true };
         match directory.read_marker(FORMAT)? {
             Some(text) => check_marker(&text, path, layout)?,
@@ -138,6 +132,16 @@ impl Directory {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(io_error("read", &path, &error)),
         }
+    }
+}
+
+/// Holds a directory against other processes, and other claims of this one, until the result is dropped.
+pub(super) fn lock(path: &Path) -> Result<File, StorageError> {
+    let handle = File::open(path).map_err(|error| io_error("open directory", path, &error))?;
+    match handle.try_lock() {
+        Ok(()) => Ok(handle),
+        Err(TryLockError::WouldBlock) => Err(StorageError::Locked { path: path.into() }),
+        Err(TryLockError::Error(error)) => Err(io_error("lock directory", path, &error)),
     }
 }
 

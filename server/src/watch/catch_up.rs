@@ -77,13 +77,14 @@ fn read_blocking(
         _ => Ok(()),
     };
     check()?;
-    let last = kv.history().wait_written(first, PATIENCE)?;
+    let history = kv.history();
+    let last = history.wait_written(first, PATIENCE)?;
     if last < first {
         return Ok(Chunk { changes: Vec::new(), through: after });
     }
     let (span, options) = (&interest.span, interest.options);
     let (mut changes, through) =
-        kv.history().changes(&span.start, span.end.as_deref(), first, last, options.previous, bytes_max)?;
+        history.changes(&span.start, span.end.as_deref(), first, last, options.previous, bytes_max)?;
     // What was compacted while it was read may be missing.
     check()?;
     changes.retain(|change| options.wants(change));

@@ -5,7 +5,7 @@
 //!             └─────▶ changes, leases, sessions ──▶ VersionStore (written behind)
 //! ```
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -26,13 +26,19 @@ use crate::storage::versions::{Change, ScanOrder, StoreState, Submission, Versio
 use crate::storage::{LogPosition, StorageError};
 use crate::trace;
 
+/// Name of the history in the directory of a snapshot.
+const VERSIONS: &str = "versions";
+
 /// The state machine of the product. Readers never wait for `apply`, nor it for them.
 pub struct KvStateMachine {
     /// The store after the last entry applied, replaced as a whole.
     current: Arc<ArcSwap<Store>>,
     /// Held by the one who applies: `current` is read, changed and replaced as one step.
     applying: Mutex<()>,
-    versions: Arc<VersionStore>,
+    /// Replaced together with `current`, before it.
+    versions: ArcSwap<VersionStore>,
+    /// What `versions` stands for, wherever that is at present.
+    path: PathBuf,
     /// The last changes of `current`.
     recent: Recent,
     /// Follows `current`, for those who wait.
@@ -56,7 +62,7 @@ impl KvStateMachine {
     /// # Errors
     /// As [`VersionStore::open`]; [`StorageError::Corrupt`] when what is stored contradicts itself.
     pub fn open(path: &Path) -> Result<Self, StorageError> {
-        Self::load(VersionStore::open(path)?)
+        Self::load(VersionStore::open_newest(path)?)
     }
 
     /// Loads the store from an open history.
@@ -64,21 +70,14 @@ impl KvStateMachine {
     /// # Errors
     /// [`StorageError::Corrupt`] or [`StorageError::Io`].
     pub fn load(versions: VersionStore) -> Result<Self, StorageError> {
-        let restored = Store::restore(versions.recovered().clone(), &versions.recovered_records()?);
-        let mut store = restored.map_err(|violation| versions.contradiction(violation.to_string()))?;
-        // As of any revision there could be: one beyond the state's is found out below.
-        let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
-        while let Some(version) = newest.advance()? {
-            store.restore_key(version);
-        }
-        drop(newest);
-        store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
+        let store = load_store(&versions)?;
         let (revision, _) = watch::channel(store.revision());
         let (due, _) = watch::channel(store.due());
         let recent = Recent::after(store.revision());
         let current = Arc::new(ArcSwap::from_pointee(store));
         let (applying, expired) = (Mutex::new(()), AtomicU64::new(0));
-        Ok(Self { current, applying, versions: Arc::new(versions), recent, revision, due, expired })
+        let path = versions.path().to_owned();
+        Ok(Self { current, applying, versions: ArcSwap::from_pointee(versions), path, recent, revision, due, expired })
     }
 
     /// The store as of now: consistent, and unmoved by what is applied later. Dropped soon, since it keeps what it shows
@@ -102,7 +101,8 @@ impl KvStateMachine {
         } else if revision < minimum {
             Err(KvError::Compacted { requested: revision, minimum })
         } else {
-            Ok(ReadPoint::Past(PastRevision::new(Arc::clone(&self.versions), Arc::clone(&self.current), revision)))
+            // After `current`: what was compacted by then is not looked for in an older history.
+            Ok(ReadPoint::Past(PastRevision::new(self.history(), Arc::clone(&self.current), revision)))
         }
     }
 
@@ -126,10 +126,10 @@ impl KvStateMachine {
         Self { recent: self.recent.bounded(bytes_max), ..self }
     }
 
-    /// The history on disk, to which changes come late.
+    /// The history on disk, to which changes come late. Not to be kept: a snapshot that is installed replaces it.
     #[must_use]
-    pub fn history(&self) -> &Arc<VersionStore> {
-        &self.versions
+    pub fn history(&self) -> Arc<VersionStore> {
+        self.versions.load_full()
     }
 
     /// Follows the current revision: once it is seen here, [`current`](Self::current) shows it, and
@@ -160,12 +160,11 @@ impl KvStateMachine {
 
 impl StateMachine for KvStateMachine {
     fn applied(&self) -> AppliedState {
-        let StoreState { position, store_time, membership, .. } = self.current.load().state().clone();
-        AppliedState { position, store_time: StoreTime(store_time), membership }
+        applied_state(self.current.load().state().clone())
     }
 
     fn durable(&self) -> Option<LogPosition> {
-        self.versions.durable()
+        self.versions.load().durable()
     }
 
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {
@@ -189,7 +188,7 @@ impl StateMachine for KvStateMachine {
             self.due.send_replace(due);
         }
         self.expired.fetch_add(expired as u64, Ordering::Relaxed);
-        self.versions.submit(Submission { changes, records, state })?;
+        self.versions.load().submit(Submission { changes, records, state })?;
         Ok(answers)
     }
 
@@ -201,6 +200,44 @@ impl StateMachine for KvStateMachine {
     }
 
     fn flush(&self) -> Result<(), StorageError> {
-        self.versions.flush()
+        self.versions.load_full().flush()
     }
+
+    fn save(&self, directory: &Path) -> Result<AppliedState, StorageError> {
+        Ok(applied_state(self.history().checkpoint(&directory.join(VERSIONS))?))
+    }
+
+    /// Memory holds the old store and the new one until the readers of the old one are done.
+    fn restore(&self, directory: &Path) -> Result<(), StorageError> {
+        let _applying = self.applying.lock();
+        let versions = VersionStore::install(&self.path, &directory.join(VERSIONS))?;
+        let store = load_store(&versions)?;
+        let (revision, due) = (store.revision(), store.due());
+        // As in `apply`; who sees the new store looks for its past in the new history.
+        self.versions.swap(Arc::new(versions)).retire();
+        self.current.store(Arc::new(store));
+        self.recent.start_over(revision);
+        self.revision.send_replace(revision);
+        self.due.send_replace(due);
+        Ok(())
+    }
+}
+
+fn applied_state(state: StoreState) -> AppliedState {
+    let StoreState { position, store_time, membership, .. } = state;
+    AppliedState { position, store_time: StoreTime(store_time), membership }
+}
+
+/// Reads a whole store into memory.
+fn load_store(versions: &VersionStore) -> Result<Store, StorageError> {
+    let restored = Store::restore(versions.recovered().clone(), &versions.recovered_records()?);
+    let mut store = restored.map_err(|violation| versions.contradiction(violation.to_string()))?;
+    // As of any revision there could be: one beyond the state's is found out below.
+    let mut newest = versions.scan(&[], None, Revision(u64::MAX), ScanOrder::Ascending);
+    while let Some(version) = newest.advance()? {
+        store.restore_key(version);
+    }
+    drop(newest);
+    store.validate().map_err(|violation| versions.contradiction(violation.to_string()))?;
+    Ok(store)
 }

@@ -59,6 +59,11 @@ impl Recent {
         }
     }
 
+    /// Forgets everything: the store is another one, at this revision.
+    pub(super) fn start_over(&self, revision: Revision) {
+        *self.state.lock() = State { entries: VecDeque::new(), bytes: 0, after: revision };
+    }
+
     /// The entries that change something after `revision`; the first may begin before. `None` if some are gone.
     pub(super) fn after_revision(&self, revision: Revision) -> Option<Vec<Arc<Vec<Change>>>> {
         let state = self.state.lock();

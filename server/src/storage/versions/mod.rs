@@ -10,13 +10,15 @@ mod cleaner;
 mod cursor;
 mod database;
 mod encoding;
+mod generations;
 mod history;
 #[cfg(test)]
 mod tests;
 mod write_behind;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -143,6 +145,24 @@ pub struct VersionStore {
     write_behind: WriteBehind,
     database: Arc<Database>,
     recovered: StoreState,
+    // Last: it removes the directory.
+    retirement: Retirement,
+}
+
+/// Removes a directory that another one has replaced, once it is closed.
+struct Retirement {
+    path: PathBuf,
+    due: AtomicBool,
+}
+
+impl Drop for Retirement {
+    fn drop(&mut self) {
+        if *self.due.get_mut()
+            && let Err(error) = generations::remove(&self.path)
+        {
+            tracing::warn!(%error, "a directory that was replaced stays until the next start");
+        }
+    }
 }
 
 impl VersionStore {
@@ -159,7 +179,39 @@ impl VersionStore {
         let (database, recovered) = Database::open(path)?;
         let database = Arc::new(database);
         let write_behind = WriteBehind::start(Arc::clone(&database), &recovered, bounds)?;
-        Ok(Self { write_behind, database, recovered })
+        let retirement = Retirement { path: path.into(), due: AtomicBool::new(false) };
+        Ok(Self { write_behind, database, recovered, retirement })
+    }
+
+    /// As [`open`](Self::open) for what stands for the directory after [`install`](Self::install), even if that was
+    /// interrupted.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_newest(path: &Path) -> Result<Self, StorageError> {
+        generations::settle(path)?;
+        Self::open(path)
+    }
+
+    /// Has a copy of `from`, a directory that [`checkpoint`](Self::checkpoint) made, stand for the directory `path`
+    /// from now on, and opens it. A crash leaves what was or what is, whole. Whoever has `path` open
+    /// [retires](Self::retire) it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn install(path: &Path, from: &Path) -> Result<Self, StorageError> {
+        Self::open(&generations::install(path, from)?)
+    }
+
+    /// Removes the directory once this store is dropped: another one has replaced it.
+    pub fn retire(&self) {
+        self.retirement.due.store(true, Ordering::Relaxed);
+    }
+
+    /// Where the directory is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.retirement.path
     }
 
     /// Opens with bounds so small that a short test crosses all of them many times.

@@ -45,11 +45,15 @@ fn a_copy_is_the_history_up_to_one_submission_while_more_are_submitted() {
 fn a_copy_holds_what_was_submitted_before_and_is_never_made_into_what_exists() {
     let root = tempfile::tempdir().unwrap();
     let store = VersionStore::open(&root.path().join("versions")).unwrap();
-    submit(&store, vec![put(b"a", 1)], state(1)).unwrap();
+    // So many that some still wait to be written.
+    let last = 5000;
+    for revision in 1..=last {
+        submit(&store, vec![put(b"a", revision)], state(revision)).unwrap();
+    }
     let copy = root.path().join("copy");
-    assert_eq!(store.checkpoint(&copy).unwrap(), state(1));
+    assert_eq!(store.checkpoint(&copy).unwrap(), state(last));
     assert!(matches!(store.checkpoint(&copy), Err(StorageError::Io { .. })));
-    submit(&store, vec![put(b"a", 2)], state(2)).unwrap();
+    submit(&store, vec![put(b"a", last + 1)], state(last + 1)).unwrap();
     store.flush().unwrap();
-    assert_eq!(scan_all(&VersionStore::open(&copy).unwrap(), 1).unwrap(), [version(b"a", 1)]);
+    assert_eq!(scan_all(&VersionStore::open(&copy).unwrap(), last).unwrap(), [version(b"a", last)]);
 }
