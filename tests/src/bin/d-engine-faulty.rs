@@ -37,14 +37,15 @@ async fn main() {
         .init();
     let config = RaftNodeConfig::new().unwrap().with_override_config(&options.config).unwrap().validate().unwrap();
     let mut terminate = signal(SignalKind::terminate()).unwrap();
-    let node = Node::start(config).await.expect("the node starts");
-    faults::prepare(node.engine().clone(), |point| println!("reached {point}"));
+    // Before the node: it may die while it starts.
     std::thread::spawn(|| {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
             obey(&line);
         }
         std::process::exit(0);
     });
+    let node = Node::start(config).await.expect("the node starts");
+    faults::prepare(node.engine().clone(), |point| println!("reached {point}"));
     node.run(async move {
         terminate.recv().await;
     })
