@@ -46,7 +46,7 @@ use super::directory::{Directory, Layout, io_error};
 use super::log_state::LogState;
 use super::{Durability, LogPosition, LogRecord, StorageEngine, StorageError, StorageOperation, StorageState};
 use disk::SegmentFile;
-use frame::{Found, SEGMENT_HEADER_BYTES, SegmentHeader};
+use frame::{FIRST_FRAME, Found, SegmentHeader};
 use recovery::Recovered;
 use runs::{Piece, Point, Runs};
 
@@ -146,7 +146,7 @@ impl SegmentStorageEngine {
             let segment = create_segment(&directory, &header)?;
             recovered.held.segments.insert(header.number, segment);
             recovered.number = header.number;
-            recovered.end = SEGMENT_HEADER_BYTES;
+            recovered.end = FIRST_FRAME;
         }
         if !directory.is_sealed() {
             directory.seal()?;
@@ -171,7 +171,7 @@ impl SegmentStorageEngine {
         durability: Durability,
     ) -> Result<(), StorageError> {
         let bytes_max: u64 = operations.iter().map(frame::bytes_max).sum();
-        if writer.end + bytes_max > self.sizes.segment_bytes && writer.end > SEGMENT_HEADER_BYTES {
+        if writer.end + bytes_max > self.sizes.segment_bytes && writer.end > FIRST_FRAME {
             self.begin_segment(writer)?;
         }
         let mut log = self.held.read().log.clone();
@@ -226,8 +226,8 @@ impl SegmentStorageEngine {
         self.held.write().segments.insert(header.number, segment.clone());
         writer.number = header.number;
         writer.segment = segment;
-        writer.end = SEGMENT_HEADER_BYTES;
-        writer.filled = SEGMENT_HEADER_BYTES;
+        writer.end = FIRST_FRAME;
+        writer.filled = FIRST_FRAME;
         Ok(())
     }
 

@@ -59,7 +59,11 @@ impl SegmentFile {
 
     pub(super) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError> {
         #[cfg(test)]
-        record::note(record::Step::Write(self.path.clone(), offset, bytes.to_vec()));
+        record::note(record::Step::Write(
+            self.path.clone(),
+            usize::try_from(offset).unwrap_or(usize::MAX),
+            bytes.to_vec(),
+        ));
         self.file.write_all_at(bytes, offset).map_err(|error| io_error("write log to", &self.path, &error))
     }
 
@@ -97,7 +101,7 @@ pub(super) mod record {
     #[derive(Clone, Debug)]
     pub(in super::super) enum Step {
         Create(PathBuf),
-        Write(PathBuf, u64, Vec<u8>),
+        Write(PathBuf, usize, Vec<u8>),
         Sync(PathBuf),
         Rename(PathBuf, PathBuf),
         Remove(PathBuf),

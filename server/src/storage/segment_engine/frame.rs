@@ -26,7 +26,9 @@ use crate::storage::record::{self, RecordError};
 use crate::storage::{LogPosition, LogRecord, StorageOperation};
 
 /// Bytes of a segment's header. Frames share no page with it.
-pub(super) const SEGMENT_HEADER_BYTES: u64 = 4096;
+pub(super) const SEGMENT_HEADER_BYTES: usize = 4096;
+/// Where the first frame begins.
+pub(super) const FIRST_FRAME: u64 = SEGMENT_HEADER_BYTES as u64;
 const MAGIC: &[u8; 16] = b"d-engine segment";
 /// Bytes of a frame before its body.
 pub(super) const FRAME_HEADER_BYTES: usize = 32;
@@ -61,7 +63,7 @@ impl SegmentHeader {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut state = Vec::new();
         record::encode_state(&self.log, &mut state);
-        let mut block = Vec::with_capacity(SEGMENT_HEADER_BYTES as usize);
+        let mut block = Vec::with_capacity(SEGMENT_HEADER_BYTES);
         block.put_slice(MAGIC);
         block.put_u64_le(self.number);
         block.put_u64_le(self.salt);
@@ -70,7 +72,7 @@ impl SegmentHeader {
         block.put_u32_le(u32::try_from(state.len()).unwrap_or(u32::MAX));
         block.put_slice(&state);
         block.put_u32_le(crc32c::crc32c(&block));
-        block.resize(SEGMENT_HEADER_BYTES as usize, 0);
+        block.resize(SEGMENT_HEADER_BYTES, 0);
         block
     }
 

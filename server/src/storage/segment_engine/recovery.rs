@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::disk::{self, SegmentFile};
-use super::frame::{self, Found, SEGMENT_HEADER_BYTES, SegmentHeader, Stored, Tail};
+use super::frame::{self, FIRST_FRAME, Found, SEGMENT_HEADER_BYTES, SegmentHeader, Stored, Tail};
 use super::runs::Point;
 use super::{Held, Segment, segment_path};
 use crate::storage::directory::io_error;
@@ -112,17 +112,17 @@ impl Recovered {
         bytes.truncate(length);
         let limit = declared_end.and_then(|end| usize::try_from(end).ok()).unwrap_or(length).min(length);
 
-        let mut offset = SEGMENT_HEADER_BYTES as usize;
+        let mut offset = SEGMENT_HEADER_BYTES;
         let mut sequence = self.next_sequence;
         let mut write = Vec::new();
         self.number = header.number;
-        self.end = SEGMENT_HEADER_BYTES;
+        self.end = FIRST_FRAME;
         while let Found::Frame(found, body) = frame::find(bytes.get(offset..limit).unwrap_or_default(), header.salt) {
             if found.sequence != sequence {
                 break;
             }
             let stored = frame::decode(&found, body).map_err(|error| unreadable(file.path(), offset, &error))?;
-            write.push((stored, offset as u64));
+            write.push((stored, offset));
             offset += found.frame_bytes();
             sequence += 1;
             if found.is_last {
@@ -152,8 +152,8 @@ impl Recovered {
         Ok(())
     }
 
-    fn apply(&mut self, stored: &Stored, offset: u64, path: &Path) -> Result<(), StorageError> {
-        let contradicts = || corrupt(path, offset as usize, "the frame there contradicts those before it");
+    fn apply(&mut self, stored: &Stored, offset: usize, path: &Path) -> Result<(), StorageError> {
+        let contradicts = || corrupt(path, offset, "the frame there contradicts those before it");
         let Stored { operation, left } = stored;
         let position_of = |_| left.ok_or_else(contradicts);
         let dropped = self.held.log.apply(operation, path, position_of).map_err(|_| contradicts())?;
@@ -162,7 +162,7 @@ impl Recovered {
         }
         match operation {
             StorageOperation::Append(record) => {
-                self.held.runs.append(self.number, Point { index: record.position.index.get(), offset });
+                self.held.runs.append(self.number, Point { index: record.position.index.get(), offset: offset as u64 });
             }
             StorageOperation::TruncateAfter(_) if self.held.log.state.last != *left => return Err(contradicts()),
             _ => {}
@@ -172,7 +172,7 @@ impl Recovered {
 }
 
 fn read_header(file: &SegmentFile, number: u64) -> Result<SegmentHeader, StorageError> {
-    let mut block = vec![0; SEGMENT_HEADER_BYTES as usize];
+    let mut block = vec![0; SEGMENT_HEADER_BYTES];
     let length = file.read(&mut block, 0)?;
     let header = SegmentHeader::decode(&block[..length]).map_err(|error| unreadable(file.path(), 0, &error))?;
     if header.number != number {

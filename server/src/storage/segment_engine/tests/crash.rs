@@ -64,7 +64,7 @@ impl Disk {
                 self.names.insert(name(path), self.files.len());
                 self.files.push(Content::default());
             }
-            Step::Write(path, offset, bytes) => self.file(path).write(*offset as usize, bytes),
+            Step::Write(path, offset, bytes) => self.file(path).write(*offset, bytes),
             Step::Sync(path) => {
                 let file = self.file(path);
                 file.synced.clone_from(&file.now);
@@ -91,7 +91,7 @@ impl Disk {
     fn kill_during(&mut self, step: Option<&Step>, rng: &mut Rng) {
         if let Some(Step::Write(path, offset, bytes)) = step {
             let done = rng.usize(0..=bytes.len());
-            self.file(path).write(*offset as usize, &bytes[..done]);
+            self.file(path).write(*offset, &bytes[..done]);
         }
     }
 
@@ -284,7 +284,7 @@ fn a_write_cut_off_after_any_byte_is_dropped_as_a_whole() {
     let [Step::Write(path, offset, bytes), Step::Sync(_)] = &steps[..] else { panic!("{steps:?}") };
     for length in 0..=bytes.len() {
         let mut disk = before.clone();
-        disk.file(path).write(*offset as usize, &bytes[..length]);
+        disk.file(path).write(*offset, &bytes[..length]);
         let root = disk.lay_out();
         let engine = SegmentStorageEngine::open_sized(root.path(), SMALL).unwrap();
         let left = engine.state().unwrap();
@@ -292,7 +292,7 @@ fn a_write_cut_off_after_any_byte_is_dropped_as_a_whole() {
         match length == bytes.len() {
             true => assert_eq!((&left, entries), (&state, 4)),
             false => {
-                assert_eq!((left.vote, left.last.unwrap().index, entries), (None, LogIndex(2), 2), "cut at {length}")
+                assert_eq!((left.vote, left.last.unwrap().index, entries), (None, LogIndex(2), 2), "cut at {length}");
             }
         }
         engine.write(&[append(entries as u64 + 1, b"next")], Durability::Fsync).unwrap();

@@ -23,9 +23,9 @@ fn appended() -> (tempfile::TempDir, Model) {
     let root = scratch();
     let mut model = Model::default();
     let engine = SegmentStorageEngine::open_sized(root.path(), SMALL).unwrap();
-    for index in 1..=60 {
-        let position = LogPosition { term: Term(1), index: LogIndex(index) };
-        let payload = Bytes::from(vec![index as u8; 2000]);
+    for index in 1..=60_u8 {
+        let position = LogPosition { term: Term(1), index: LogIndex(index.into()) };
+        let payload = Bytes::from(vec![index; 2000]);
         let operation = StorageOperation::Append(LogRecord { position, payload });
         model.apply(&operation);
         engine.write(&[operation], Durability::Fsync).unwrap();
@@ -102,7 +102,7 @@ fn a_changed_bit_in_the_last_write_is_refused_with_file_and_offset() {
             let copy = copy(root.path());
             let path = copy.path().join(newest.file_name().unwrap());
             let mut bytes = fs::read(&path).unwrap();
-            bytes[byte as usize] ^= 1 << bit;
+            bytes[usize::try_from(byte).unwrap()] ^= 1 << bit;
             fs::write(&path, &bytes).unwrap();
             let refused = SegmentStorageEngine::open_sized(copy.path(), SMALL).unwrap_err();
             let StorageError::Corrupt { path: named, message, .. } = &refused else { panic!("{refused}") };
