@@ -30,9 +30,9 @@ impl Service {
     async fn start() -> Self {
         let directory = tempfile::Builder::new().prefix("d-engine-three-embedded-").tempdir().unwrap();
         let turn = TURN.lock().await;
-        let process = std::process::id();
+        let [.., high, low] = std::process::id().to_be_bytes();
         let host = (200..=u8::MAX)
-            .map(|net| Ipv4Addr::new(127, net, (process >> 8) as u8, (process as u8).max(1)))
+            .map(|net| Ipv4Addr::new(127, net, high, low.max(1)))
             .find(|host| TcpListener::bind((*host, 8081)).is_ok())
             .unwrap();
         let mut service = Self { host, nodes: Vec::new(), directory, _turn: turn };
