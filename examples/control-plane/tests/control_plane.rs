@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failed step ends the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +15,7 @@ use d_engine_client::Client;
 use d_engine_tests::network::{self, End, PrivateNetwork};
 use d_engine_tests::process::Process;
 use d_engine_tests::seed::seed;
+use d_engine_tests::transcript;
 use d_engine_tests::wait;
 use fastrand::Rng;
 use tempfile::TempDir;
@@ -249,11 +251,21 @@ async fn inflict(agents: &mut Agents, rng: &mut Rng, fault: Fault, target: Targe
     }
 }
 
+/// PostgreSQL runs as a user of its own, if this one is root or looks like it in namespaces of its own.
+fn may_become_postgres(test: &str) -> bool {
+    let status = Command::new("setpriv").args(["--reuid", "postgres", "true"]).status();
+    let may = status.is_ok_and(|status| status.success());
+    if !may {
+        // Past the capture of the test runner: a test that was not run must be seen.
+        drop(writeln!(std::io::stderr(), "{test}: not run: this user may not become the user postgres"));
+    }
+    may
+}
+
 #[test]
 fn no_acknowledged_row_is_lost_and_no_two_primaries_acknowledge() {
     const TEST: &str = "no_acknowledged_row_is_lost_and_no_two_primaries_acknowledge";
-    if !Command::new("setpriv").args(["--reuid", "postgres", "true"]).status().is_ok_and(|status| status.success()) {
-        eprintln!("{TEST}: not run: PostgreSQL needs its user, and this one may not become it");
+    if !may_become_postgres(TEST) {
         return;
     }
     network::inside(TEST, || async {
@@ -298,6 +310,24 @@ fn no_acknowledged_row_is_lost_and_no_two_primaries_acknowledge() {
             assert!(process.stop(PATIENCE).await.success(), "an agent stops in good order");
         }
     });
+}
+
+#[test]
+fn the_readme_shows_what_happens() {
+    if !may_become_postgres("the_readme_shows_what_happens") {
+        return;
+    }
+    let example = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    for part in ["Makefile", "config"] {
+        let copied = Command::new("cp").arg("-r").arg(example.join(part)).arg(directory.path()).status();
+        assert!(copied.unwrap().success());
+    }
+    let session = transcript::session(&std::fs::read_to_string(example.join("README.md")).unwrap());
+    assert!(session.len() > 3, "the README shows a session");
+    let differences = transcript::run(&session, directory.path());
+    assert!(differences.is_empty(), "the README shows what is not so:\n{}", differences.join("\n"));
 }
 
 #[test]
