@@ -74,6 +74,8 @@ mod client_api;
 pub use client_api::{ClientApi, ClientApiError, ClientWatch};
 #[cfg(feature = "client")]
 pub use client_api::{GrpcClient, GrpcWatch};
+/// The messages that [`server::engine::Engine`] takes and gives, and the number types of both modes.
+pub use d_engine_proto as proto;
 pub use d_engine_proto::{TimeToLive, WatchEvent};
 
 /// What most programs need.

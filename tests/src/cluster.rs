@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -17,9 +18,9 @@ use crate::proxy::Proxy;
 use crate::{http, wait};
 
 /// Clusters of one test program run one after the other: their timing matters more than the test's duration.
-static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| Arc::new(Semaphore::new(1)));
+pub(crate) static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| Arc::new(Semaphore::new(1)));
 
-const GRPC_PORT: u16 = 9080;
+pub(crate) const GRPC_PORT: u16 = 9080;
 const HTTP_PORT: u16 = 9180;
 
 /// Who leads, and in which term. A term is led by one node only, so two equal reigns are one that never broke.
@@ -44,11 +45,14 @@ pub struct Shape {
     pub proxied: bool,
     /// Whether the nodes have fault points: see [`crate::faulty`].
     pub faulty: bool,
+    /// Whether each node is an application that embeds the engine, and prints when it believed to lead: see
+    /// [`crate::embedded::Claim`].
+    pub embedding: bool,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { nodes: 3, extra: String::new(), network: None, proxied: false, faulty: false }
+        Self { nodes: 3, extra: String::new(), network: None, proxied: false, faulty: false, embedding: false }
     }
 }
 
@@ -91,6 +95,7 @@ impl Cluster {
                     proxy: None,
                     in_namespace: shape.network.is_some(),
                     faulty: shape.faulty,
+                    embedding: shape.embedding,
                     faults: None,
                     environment: Vec::new(),
                     process: None,
@@ -249,6 +254,7 @@ pub struct Node {
     directory: PathBuf,
     in_namespace: bool,
     faulty: bool,
+    embedding: bool,
     faults: Option<FaultPoints>,
     environment: Vec<(String, OsString)>,
     process: Option<Process>,
@@ -333,7 +339,11 @@ impl Node {
     /// When it runs already or cannot be started.
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "node {} runs already", self.id);
-        let program = if self.faulty { built("d-engine-faulty") } else { d_engine() };
+        let program = match (self.faulty, self.embedding) {
+            (true, _) => built("d-engine-faulty"),
+            (_, true) => built("d-engine-embedding"),
+            _ => d_engine(),
+        };
         let mut command = if self.in_namespace {
             let mut command = PrivateNetwork::command(self.id);
             command.args(["setpriv", "--pdeathsig", "KILL"]).arg(&program);
@@ -427,11 +437,14 @@ fn last_lines(text: &str) -> String {
 }
 
 /// A loopback address of which the ports of a cluster are free. The whole of 127.0.0.0/8 is ours on Linux, and
-/// nobody else gets a port there by chance.
-fn free_loopback(nodes: u32) -> Ipv4Addr {
+/// nobody else gets a port there by chance. Two callers of one process never get the same one, whether they use it yet
+/// or not.
+pub(crate) fn free_loopback(nodes: u32) -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(0);
     let process = std::process::id();
     (0..=u8::MAX)
-        .map(|attempt| Ipv4Addr::new(127, 100 + attempt % 100, (process >> 8) as u8, (process as u8).max(1)))
+        .map(|_| NEXT.fetch_add(1, Ordering::Relaxed) % 100)
+        .map(|next| Ipv4Addr::new(127, 100 + next, (process >> 8) as u8, (process as u8).max(1)))
         .find(|ip| {
             (1..=nodes as u16)
                 .all(|node| [GRPC_PORT, HTTP_PORT].iter().all(|base| TcpListener::bind((*ip, base + node)).is_ok()))

@@ -15,6 +15,7 @@ pub mod wait;
 pub mod cluster;
 pub mod data_set;
 pub mod direct;
+pub mod embedded;
 pub mod faulty;
 pub mod history;
 pub mod http;

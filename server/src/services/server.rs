@@ -97,57 +97,55 @@ pub fn serve_peers<F: Future<Output = ()> + Send + 'static>(
 }
 
 /// Serves until `shutdown` is ready; `draining` is told then.
-fn serve_routes<F: Future<Output = ()> + Send + 'static>(
+async fn serve_routes(
     listener: TcpListener,
     routes: Routes,
     network: NetworkConfig,
     tls: Option<Arc<Tls>>,
     metrics: Arc<Metrics>,
     draining: watch::Sender<bool>,
-    shutdown: F,
-) -> impl Future<Output = Result<(), ServeError>> + Send + use<F> {
-    async move {
-        let routes = Routes::from(routes.into_axum_router().layer(from_fn_with_state(metrics.clone(), observe)));
-        let mut drain = draining.subscribe();
-        let server = tonic::transport::Server::builder()
-            .max_concurrent_streams(network.streams_per_connection_max)
-            .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
-            .http2_max_header_list_size(limits::HEADER_BYTES_MAX)
-            .http2_max_pending_accept_reset_streams(Some(limits::PENDING_RESETS_MAX))
-            .http2_keepalive_interval(Some(limits::KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(limits::KEEPALIVE_TIMEOUT))
-            .add_routes(routes);
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let routes = Routes::from(routes.into_axum_router().layer(from_fn_with_state(metrics.clone(), observe)));
+    let mut drain = draining.subscribe();
+    let server = tonic::transport::Server::builder()
+        .max_concurrent_streams(network.streams_per_connection_max)
+        .initial_stream_window_size(limits::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(limits::CONNECTION_WINDOW_BYTES)
+        .http2_max_header_list_size(limits::HEADER_BYTES_MAX)
+        .http2_max_pending_accept_reset_streams(Some(limits::PENDING_RESETS_MAX))
+        .http2_keepalive_interval(Some(limits::KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(limits::KEEPALIVE_TIMEOUT))
+        .add_routes(routes);
 
-        let (cut, uncut) = watch::channel(());
-        let end = move || -> End {
-            let mut uncut = uncut.clone();
-            Box::pin(async move {
-                let _ = uncut.changed().await;
-            })
-        };
-        let connections_max = affordable(network.connections_max);
-        let listener = Listener::new(listener, connections_max, end, Some(metrics)).with_tls(tls);
-        let incoming = futures_util::stream::unfold(listener, |mut listener| async {
-            let connection = listener.next_connection().await;
-            Some((Ok::<_, std::io::Error>(connection), listener))
-        });
+    let (cut, uncut) = watch::channel(());
+    let end = move || -> End {
+        let mut uncut = uncut.clone();
+        Box::pin(async move {
+            let _ = uncut.changed().await;
+        })
+    };
+    let connections_max = affordable(network.connections_max);
+    let listener = Listener::new(listener, connections_max, end, Some(metrics)).with_tls(tls);
+    let incoming = futures_util::stream::unfold(listener, |mut listener| async {
+        let connection = listener.next_connection().await;
+        Some((Ok::<_, std::io::Error>(connection), listener))
+    });
 
-        let shutdown = async move {
-            shutdown.await;
-            draining.send_replace(true);
-        };
-        let serving = server.serve_with_incoming_shutdown(incoming, shutdown);
-        let cutting = async move {
-            if drain.wait_for(|begun| *begun).await.is_ok() {
-                tokio::time::sleep(limits::DRAIN_TIMEOUT).await;
-                cut.send_replace(());
-            }
-            std::future::pending::<()>().await;
-        };
-        tokio::select! {
-            served = serving => served.map_err(|error| ServeError::Ended { message: error.to_string() }),
-            () = cutting => Ok(()),
+    let shutdown = async move {
+        shutdown.await;
+        draining.send_replace(true);
+    };
+    let serving = server.serve_with_incoming_shutdown(incoming, shutdown);
+    let cutting = async move {
+        if drain.wait_for(|begun| *begun).await.is_ok() {
+            tokio::time::sleep(limits::DRAIN_TIMEOUT).await;
+            cut.send_replace(());
         }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        served = serving => served.map_err(|error| ServeError::Ended { message: error.to_string() }),
+        () = cutting => Ok(()),
     }
 }
