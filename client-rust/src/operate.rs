@@ -151,7 +151,7 @@ impl Client {
 
     async fn node(&self, address: &Address) -> Result<Grpc<tonic::transport::Channel>, Failure> {
         let connection = self.shared().connections.get(address).await.map_err(Failure::NotSent)?;
-        let mut grpc = Grpc::new(connection.channel).max_decoding_message_size(PIECE_BYTES_MAX);
+        let mut grpc = Grpc::new(connection.channel.clone()).max_decoding_message_size(PIECE_BYTES_MAX);
         grpc.ready().await.map_err(|error| Failure::NotSent(Cause::of(error)))?;
         Ok(grpc)
     }

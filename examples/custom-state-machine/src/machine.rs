@@ -60,7 +60,7 @@ impl JobQueue {
     }
 
     /// Replaces the file: written beside it, made durable, then renamed.
-    fn save(&self, content: &[u8]) -> std::io::Result<()> {
+    fn replace_file(&self, content: &[u8]) -> std::io::Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(&self.directory)?;
         file.write_all(content)?;
         file.as_file().sync_all()?;
@@ -110,8 +110,28 @@ impl StateMachine for JobQueue {
 
     fn flush(&self) -> Result<(), StorageError> {
         let mut state = self.state.lock();
-        self.save(&saved(&state)).map_err(|error| io("write", &self.directory, &error))?;
+        self.replace_file(&saved(&state)).map_err(|error| io("write", &self.directory, &error))?;
         state.durable = state.applied.position;
+        Ok(())
+    }
+
+    /// The same file, in the directory of a snapshot.
+    fn save(&self, directory: &Path) -> Result<AppliedState, StorageError> {
+        let (content, applied) = {
+            let state = self.state.lock();
+            (saved(&state), state.applied.clone())
+        };
+        std::fs::write(directory.join(FILE), content).map_err(|error| io("write", directory, &error))?;
+        Ok(applied)
+    }
+
+    /// The file of the snapshot takes the place of ours before the queue does.
+    fn restore(&self, directory: &Path) -> Result<(), StorageError> {
+        let content = std::fs::read(directory.join(FILE)).map_err(|error| io("read", directory, &error))?;
+        let restored = restored(&content).map_err(|message| corrupt(directory, message))?;
+        let mut state = self.state.lock();
+        self.replace_file(&content).map_err(|error| io("write", &self.directory, &error))?;
+        *state = restored;
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ use crate::consensus::{Member, begin_alone, replay};
 use crate::node::{LOG_DIRECTORY, STATE_DIRECTORY};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::versions::{StoreState, VersionStore};
-use crate::storage::{Durability, RocksDBStorageEngine, StorageEngine};
+use crate::storage::{Durability, RocksDBStorageEngine, SegmentStorageEngine, StorageEngine, StorageError};
 
 /// Holds what is not whole yet.
 const UNFINISHED: &str = "restoring";
@@ -73,15 +73,16 @@ pub fn restore(archive: &Path, node: &NewNode) -> Result<Restored, BackupError> 
 /// [`BackupError`]; the directory of the new node is empty then, as it was.
 pub fn recover(survivor: &Path, node: &NewNode) -> Result<Restored, BackupError> {
     let (log, from) = (survivor.join(LOG_DIRECTORY), survivor.join(STATE_DIRECTORY));
-    for needed in [&log, &from] {
-        // Opening would make one.
-        fs::metadata(needed).map_err(io_error("open", needed))?;
-    }
+    // Opening would make one.
+    fs::metadata(&log).map_err(io_error("open", &log))?;
     build(node, |state| {
-        let engine = RocksDBStorageEngine::open(&log)?;
+        let engine: Box<dyn StorageEngine> = match RocksDBStorageEngine::open(&log) {
+            Err(StorageError::OtherEngine { .. }) => Box::new(SegmentStorageEngine::open(&log)?),
+            opened => Box::new(opened?),
+        };
         copy(&from, state)?;
         let kv = KvStateMachine::open(state)?;
-        replay(&engine, &kv).map_err(|source| BackupError::Replay { path: log.clone(), source })?;
+        replay(&*engine, &kv).map_err(|source| BackupError::Replay { path: log.clone(), source })?;
         Ok(kv)
     })
 }
@@ -159,7 +160,7 @@ fn begin(node: &NewNode, unfinished: &Path, kv: KvStateMachine) -> Result<Restor
 
 /// Copies the state of a survivor by its own means, so that what is not whole is noticed.
 fn copy(from: &Path, into: &Path) -> Result<(), BackupError> {
-    VersionStore::open(from)?.checkpoint(into)?;
+    VersionStore::open_newest(from)?.checkpoint(into)?;
     Ok(())
 }
 
