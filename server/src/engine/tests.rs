@@ -61,7 +61,9 @@ impl Cluster {
         for (listener, id) in listeners.into_iter().zip(1..) {
             let directory = tempfile::tempdir().unwrap();
             let kv = Arc::new(KvStateMachine::open(&directory.path().join("state")).unwrap());
-            let node_config = RaftNodeConfig::default();
+            // A calm cluster: whoever else wants the processor must not depose its leader.
+            let mut node_config = RaftNodeConfig::default();
+            node_config.raft.read_consistency.lease_duration = Duration::from_secs(1);
             let consensus_config = ConsensusConfig {
                 node_id: NodeId(id),
                 initial_cluster: members.clone(),
