@@ -134,11 +134,10 @@ impl Client {
     /// ```
     /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
     /// # fn main() { run(async |client| {
-    /// use d_engine_client::ErrorKind;
+    /// use d_engine_client::{ErrorKind, NodeId};
     ///
-    /// let members = client.members().await?.members;
-    /// let refused = client.demote_member(members[0].id).await.unwrap_err();
-    /// assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "it is the only voter");
+    /// let refused = client.demote_member(NodeId(77)).await.unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "there is no such member");
     /// # Ok(()) }) }
     /// ```
     ///
@@ -154,11 +153,10 @@ impl Client {
     /// ```
     /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
     /// # fn main() { run(async |client| {
-    /// use d_engine_client::ErrorKind;
+    /// use d_engine_client::{ErrorKind, NodeId};
     ///
-    /// let members = client.members().await?.members;
-    /// let refused = client.remove_member(members[0].id).await.unwrap_err();
-    /// assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "it is the only voter");
+    /// let refused = client.remove_member(NodeId(77)).await.unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "there is no such member");
     /// # Ok(()) }) }
     /// ```
     ///
@@ -173,10 +171,10 @@ impl Client {
     /// ```
     /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/example.rs"));
     /// # fn main() { run(async |client| {
-    /// use d_engine_client::ErrorKind;
+    /// use d_engine_client::{ErrorKind, NodeId};
     ///
-    /// let refused = client.transfer_leadership().await.unwrap_err();
-    /// assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "it is the only voter");
+    /// let refused = client.transfer_leadership().to(NodeId(77)).await.unwrap_err();
+    /// assert_eq!(refused.kind(), ErrorKind::FailedPrecondition, "there is no such member");
     /// # Ok(()) }) }
     /// ```
     ///
