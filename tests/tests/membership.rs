@@ -180,6 +180,11 @@ async fn a_voter_that_lost_its_disk_never_votes_until_it_is_removed_and_added_ag
     cluster.node_mut(2).kill();
     cluster.node_mut(3).kill();
     cluster.node(3).lose_data();
+    // If it led until now, its lease goes on for a moment.
+    wait::until("node 1 to lead no more", wait::PATIENCE, || async {
+        cluster.leader_now(&[]).await.is_none().then_some(())
+    })
+    .await;
     // With its vote node 1 would lead: the one that is down may know more than it.
     cluster.node_mut(3).start();
     let (well, output) = cluster.node_mut(3).exit().await;
