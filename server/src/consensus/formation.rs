@@ -15,7 +15,6 @@ use std::time::Duration;
 use d_engine_proto::{PEER_PROTOCOL_VERSION, v1};
 use futures_util::future::join_all;
 use openraft::async_runtime::watch::WatchReceiver;
-use tonic::Status;
 
 use super::handle::Timings;
 use super::leadership::{Leadership, Role};
@@ -176,7 +175,7 @@ impl Formation {
     }
 
     /// Introduces this node to the one that is thought to be `to`; 0: whoever is there.
-    pub(super) async fn hello(&self, peers: &Peers, to: u32, address: &str) -> Result<v1::HelloResponse, Status> {
+    pub(super) async fn hello(&self, peers: &Peers, to: u32, address: &str) -> Result<v1::HelloResponse, String> {
         peers.hello(to, address, self.initial_cluster.clone(), self.addresses()).await
     }
 
@@ -297,7 +296,7 @@ impl Formation {
             let hello = match answer {
                 Ok(hello) => hello,
                 Err(error) => {
-                    tracing::debug!(peer = id, address, error = error.message(), "no hello");
+                    tracing::debug!(peer = id, address, error, "no hello");
                     continue;
                 }
             };

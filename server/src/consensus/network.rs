@@ -219,15 +219,18 @@ impl Peers {
         address: &str,
         initial_cluster: Vec<v1::InitialMember>,
         addresses: Option<v1::Addresses>,
-    ) -> Result<v1::HelloResponse, Status> {
+    ) -> Result<v1::HelloResponse, String> {
         let request = v1::HelloRequest {
             protocol_version: d_engine_proto::PEER_PROTOCOL_VERSION,
             route: Some(self.route(to, 0)),
             initial_cluster,
             addresses,
         };
-        let mut client = self.client(address, Lane::Control)?;
-        Ok(within(self.stall, client.hello(request)).await?.into_inner())
+        let answer = async {
+            let mut client = self.client(address, Lane::Control)?;
+            within(self.stall, client.hello(request)).await
+        };
+        answer.await.map(tonic::Response::into_inner).map_err(|status: Status| status.message().to_owned())
     }
 
     /// Asks the leader what a linearizable read has to wait for.

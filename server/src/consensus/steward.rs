@@ -492,9 +492,11 @@ impl Steward {
         let view = self.view().await.ok_or(ChangeError::NotLeader)?;
         match change {
             MemberChange::Add { peer_address, promotable } => {
-                let hello = self.formation.hello(&self.peers, 0, &peer_address).await.map_err(|status| {
-                    ChangeError::Unreachable { address: peer_address.clone(), reason: status.message().to_owned() }
-                })?;
+                let hello = self
+                    .formation
+                    .hello(&self.peers, 0, &peer_address)
+                    .await
+                    .map_err(|reason| ChangeError::Unreachable { address: peer_address.clone(), reason })?;
                 let id = hello.node_id;
                 let addresses = v1::Addresses {
                     peer: peer_address,
