@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test soak figures generate fmt lint build
+.PHONY: help setup setup-demo demo example test soak figures generate fmt lint build
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,6 +28,9 @@ build: ## Builds everything
 
 test: ## Runs every check; changes nothing in the tree
 	@scripts/test
+
+example: build ## Runs an example that is one program: NAME=quick-start-embedded, ARGS="..."
+	@cd examples/$(NAME) && $(CARGO_TARGET_DIR)/debug/d-engine-example-$(NAME) $(ARGS)
 
 soak: ## Runs the fault test for an hour and draws it; DURATION=600, SEED=... and PICTURE=... choose otherwise
 	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED)) --picture $(or $(PICTURE),$(CACHE_DIR)/soak.svg)
