@@ -46,6 +46,7 @@ pub struct Metrics {
     snapshot_received_bytes: Counter,
     committed_index: Gauge,
     applied_index: Gauge,
+    purged_index: Gauge,
     pending_bytes: Gauge,
     watches: Gauge,
     watch_events: Counter,
@@ -74,6 +75,8 @@ pub struct Figures {
     pub committed: LogIndex,
     /// Last entry applied.
     pub applied: LogIndex,
+    /// Last entry purged from the log.
+    pub purged: LogIndex,
     /// Bytes of proposals that wait for their answer.
     pub pending_bytes: usize,
     /// Revision of the store.
@@ -155,6 +158,7 @@ impl Metrics {
             snapshot_received_bytes: Counter::default(),
             committed_index: Gauge::default(),
             applied_index: Gauge::default(),
+            purged_index: Gauge::default(),
             pending_bytes: Gauge::default(),
             watches: Gauge::default(),
             watch_events: Counter::default(),
@@ -198,6 +202,7 @@ impl Metrics {
         registry.register("raft_is_leader", "1 while this node leads, else 0", self.is_leader.clone());
         registry.register("raft_committed_index", "Last log entry known committed", self.committed_index.clone());
         registry.register("raft_applied_index", "Last log entry applied", self.applied_index.clone());
+        registry.register("raft_purged_index", "Last log entry purged from the log", self.purged_index.clone());
         registry.register(
             "leader_changes",
             "Changes of the known leader, its loss included",
@@ -418,6 +423,7 @@ impl Metrics {
     pub fn encode(&self, figures: &Figures) -> Result<String, std::fmt::Error> {
         self.committed_index.set(saturating(figures.committed.get()));
         self.applied_index.set(saturating(figures.applied.get()));
+        self.purged_index.set(saturating(figures.purged.get()));
         self.pending_bytes.set(saturating(figures.pending_bytes as u64));
         self.revision.set(saturating(figures.revision.get()));
         self.compacted_revision.set(saturating(figures.compacted.get()));

@@ -236,7 +236,10 @@ impl Watchers {
     /// # Panics
     /// When the store cannot be read.
     pub async fn start(cluster: &Cluster, prefix: &str, key: &str, rng: &mut Rng) -> Self {
-        let build = || Client::builder().endpoints(cluster.addresses()).build().expect("endpoints");
+        let build = || {
+            let client = Client::builder().endpoints(cluster.addresses()).call_timeout(wait::PATIENCE);
+            client.build().expect("endpoints")
+        };
         let client = build();
         let (base_revision, base) = content(&client).await;
         let (goal, goals) = watch::channel(None);

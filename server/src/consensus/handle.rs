@@ -162,6 +162,8 @@ pub struct RaftProgress {
     pub committed: LogIndex,
     /// Last entry applied.
     pub applied: LogIndex,
+    /// Last entry that is gone from the log, its effect being in a snapshot; 0: none.
+    pub purged: LogIndex,
 }
 
 /// A running Raft node. Clones share it.
@@ -460,6 +462,7 @@ impl Consensus {
             last_log: LogIndex(metrics.last_log_index.unwrap_or(0)),
             committed: index(&metrics.local_committed),
             applied: index(&metrics.last_applied),
+            purged: index(&metrics.purged),
         }
     }
 

@@ -74,6 +74,7 @@ impl Engine {
         Figures {
             committed: progress.committed,
             applied: progress.applied,
+            purged: progress.purged,
             pending_bytes: self.inner.consensus.pending_bytes(),
             revision: store.revision(),
             compacted: store.compacted(),
