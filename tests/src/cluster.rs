@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -133,6 +133,7 @@ impl Cluster {
                     faults: None,
                     environment: Vec::new(),
                     process: None,
+                    starts: Arc::default(),
                 }
             })
             .collect();
@@ -321,6 +322,7 @@ pub struct Node {
     faults: Option<FaultPoints>,
     environment: Vec<(String, OsString)>,
     process: Option<Process>,
+    starts: Arc<AtomicU64>,
 }
 
 impl Node {
@@ -443,6 +445,8 @@ impl Node {
     /// When it runs already or cannot be started.
     pub fn start(&mut self) {
         assert!(self.process.is_none(), "node {} runs already", self.id);
+        // Before whoever starts here can answer.
+        self.starts.fetch_add(1, Ordering::SeqCst);
         let program = match (self.faulty, self.embedding) {
             (true, _) => built("d-engine-faulty"),
             (_, true) => built("d-engine-embedding"),
@@ -531,7 +535,7 @@ impl Node {
     /// A connection to this node alone.
     #[must_use]
     pub fn direct(&self, deadline: Duration) -> DirectNode {
-        DirectNode::new(self.address, deadline)
+        DirectNode::new(self.address, deadline, Arc::clone(&self.starts))
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,14 +21,22 @@ use tonic::{Request, Status};
 pub struct DirectNode {
     channel: Channel,
     deadline: Duration,
+    starts: Arc<AtomicU64>,
 }
 
 impl DirectNode {
-    /// Connects with the first call; each call may take as long as `deadline`.
+    /// Connects with the first call; each call may take as long as `deadline`. `starts` counts the starts of its process.
     #[must_use]
-    pub fn new(address: SocketAddr, deadline: Duration) -> Self {
+    pub fn new(address: SocketAddr, deadline: Duration, starts: Arc<AtomicU64>) -> Self {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("a socket address makes a URL");
-        Self { channel: endpoint.connect_timeout(deadline).connect_lazy(), deadline }
+        Self { channel: endpoint.connect_timeout(deadline).connect_lazy(), deadline, starts }
+    }
+
+    /// Which of the node's processes is the latest. What two of them answer does not compare: the later one may not have
+    /// applied yet what the earlier one had.
+    #[must_use]
+    pub fn life(&self) -> u64 {
+        self.starts.load(Ordering::SeqCst)
     }
 
     /// Writes one key.

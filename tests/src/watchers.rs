@@ -126,6 +126,7 @@ pub fn create(view: &View, from: u64) -> v1::WatchCreate {
 async fn one_stream(node: &DirectNode, watched: &mut Watched, goal: &mut Goal) -> Result<bool, String> {
     use v1::watch_response::Kind;
     let from = if watched.from == 0 { 0 } else { watched.cursor() + 1 };
+    let life = node.life();
     let (requests, sent) = mpsc::channel(1);
     let action = v1::watch_request::Action::Create(create(&watched.view, from));
     if requests.send(v1::WatchRequest { watch_id: 7, action: Some(action) }).await.is_err() {
@@ -181,16 +182,17 @@ async fn one_stream(node: &DirectNode, watched: &mut Watched, goal: &mut Goal) -
         let through = delivery.through;
         watched.deliveries.push(delivery);
         if watched.deliveries.len().is_multiple_of(LOOK_EVERY) {
-            readable(node, through).await?;
+            readable(node, life, through).await?;
         }
     }
 }
 
-async fn readable(node: &DirectNode, revision: u64) -> Result<(), String> {
+/// Whether what a watch delivered can be read there, as long as the process that delivered it lives.
+async fn readable(node: &DirectNode, life: u64, revision: u64) -> Result<(), String> {
     match node.get("look", v1::Consistency::Eventual, 0).await {
         Ok(answer) => {
             let applied = answer.header.unwrap_or_default().revision;
-            if applied < revision {
+            if applied < revision && node.life() == life {
                 return Err(format!("revision {revision} came while only {applied} can be read"));
             }
         }

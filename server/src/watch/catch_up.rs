@@ -78,7 +78,8 @@ fn read_blocking(
     };
     check()?;
     let history = kv.history();
-    let last = history.wait_written(first, PATIENCE)?;
+    // While an installed state is being shown, the history is for a moment ahead of what can be read.
+    let last = history.wait_written(first, PATIENCE)?.min(kv.current().revision());
     if last < first {
         return Ok(Chunk { changes: Vec::new(), through: after });
     }
