@@ -23,8 +23,9 @@ const GROUP_OPERATIONS: usize = 300;
 
 /// Budget of every call.
 pub const CALL_TIMEOUT: Duration = Duration::from_millis(1_500);
-/// How far past its deadline a call may end: what a busy machine needs to wake a task.
-pub const DEADLINE_MARGIN: Duration = Duration::from_millis(500);
+/// How far past its deadline a call may end: a machine whose disks are filled and slowed wakes tasks late. Far less than
+/// what a call that hangs would take.
+pub const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
 /// Pause between the operations of one client.
 const PACE: Duration = Duration::from_millis(3);
 
