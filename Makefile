@@ -35,8 +35,16 @@ example: build ## Runs an example that is one program: NAME=quick-start-embedded
 soak: ## Runs the fault test for an hour and draws it; DURATION=600, SEED=... and PICTURE=... choose otherwise
 	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED)) --picture $(or $(PICTURE),$(CACHE_DIR)/soak.svg)
 
-figures: build ## Measures throughput, latency, CPU, memory, start and fail-over on this machine
+figures: build ## Measures everything in docs/figures.md on this machine, in about half an hour; WHAT=embedded and such: only that
+ifdef WHAT
+	@$(CARGO_TARGET_DIR)/debug/d-engine-bench $(WHAT)
+else
 	@$(CARGO_TARGET_DIR)/debug/d-engine-bench
+	@$(CARGO_TARGET_DIR)/debug/d-engine-bench embedded
+	@$(CARGO_TARGET_DIR)/debug/d-engine-bench rolling
+	@$(CARGO_TARGET_DIR)/debug/d-engine-bench restart
+	@$(CARGO_TARGET_DIR)/debug/d-engine-bench snapshot
+endif
 
 generate: ## Regenerates checked-in code from proto/
 	@cargo run --quiet -p d-engine-proto-generate

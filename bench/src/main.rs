@@ -10,16 +10,22 @@
 )]
 
 mod churn;
+mod embedded;
 mod failover;
+mod fill;
 mod idle;
 mod keep_alives;
 mod load;
+mod restart;
+mod rolling;
+mod snapshot;
+mod steady;
 mod watches;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use d_engine_client::Client;
 use d_engine_tests::cluster::{Cluster, Shape};
@@ -31,7 +37,10 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Measures a three-node cluster on this machine.
 #[derive(Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Seconds of load per row.
     #[arg(long, default_value_t = 5)]
     seconds: u64,
@@ -70,14 +79,36 @@ struct Arguments {
     churn_seconds: u64,
 }
 
+/// What is measured by itself: each takes minutes.
+#[derive(Subcommand)]
+enum Command {
+    Snapshot(snapshot::Arguments),
+    Restart(restart::Arguments),
+    Rolling(rolling::Arguments),
+    Embedded(embedded::Arguments),
+    #[command(hide = true)]
+    EmbeddedPeer(embedded::Peer),
+}
+
 #[tokio::main]
 async fn main() {
-    let arguments = Arguments::parse();
+    let mut arguments = Arguments::parse();
+    match arguments.command.take() {
+        None => measure_usual(&arguments).await,
+        Some(Command::Snapshot(asked)) => snapshot::measure(&asked).await,
+        Some(Command::Restart(asked)) => restart::measure(&asked).await,
+        Some(Command::Rolling(asked)) => rolling::measure(&asked).await,
+        Some(Command::Embedded(asked)) => embedded::measure(&asked).await,
+        Some(Command::EmbeddedPeer(peer)) => embedded::run_peer(&peer).await,
+    }
+}
+
+async fn measure_usual(arguments: &Arguments) {
     if !arguments.callers.is_empty() {
-        measure_load(&arguments).await;
+        measure_load(arguments).await;
     }
     if !arguments.watches.contains(&0) {
-        measure_watches(&arguments).await;
+        measure_watches(arguments).await;
     }
     if arguments.idle_clients > 0 {
         eprintln!("{} idle clients ...", arguments.idle_clients);
