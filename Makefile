@@ -32,8 +32,8 @@ test: ## Runs every check; changes nothing in the tree
 example: build ## Runs an example that is one program: NAME=quick-start-embedded, ARGS="..."
 	@cd examples/$(NAME) && $(CARGO_TARGET_DIR)/debug/d-engine-example-$(NAME) $(ARGS)
 
-soak: ## Runs the fault test for an hour and draws it; DURATION=600, SEED=... and PICTURE=... choose otherwise
-	@scripts/faults --seconds $(or $(DURATION),3600) $(if $(SEED),--seed $(SEED)) --picture $(or $(PICTURE),$(CACHE_DIR)/soak.svg)
+soak: ## Runs the fault test for an hour and draws it; DURATION=600, SEED=..., NODES=5 and PICTURE=... choose otherwise
+	@scripts/faults --seconds $(or $(DURATION),3600) --nodes $(or $(NODES),3) $(if $(SEED),--seed $(SEED)) --picture $(or $(PICTURE),$(CACHE_DIR)/soak.svg)
 
 figures: build ## Measures everything in docs/figures.md on this machine, in about half an hour; WHAT=embedded and such: only that
 ifdef WHAT

@@ -5,10 +5,11 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use d_engine_proto::NodeId;
 use d_engine_server::backup::{Archive, BackupError, NewNode, Restored, recover, restore};
 use d_engine_server::clock::unix_time;
+use d_engine_server::config::LogEngine;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
@@ -67,6 +68,18 @@ pub(crate) struct RestoreArgs {
     /// Where clients will reach it [default: as peers]
     #[arg(long, value_name = "HOST:PORT")]
     advertise_address: Option<String>,
+    /// Which files the node's log is kept in: its raft.persistence.engine
+    #[arg(long, value_name = "ENGINE", default_value = "RocksDB")]
+    engine: Engine,
+}
+
+/// As the configuration names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    #[value(name = "RocksDB")]
+    RocksDb,
+    #[value(name = "Segments")]
+    Segments,
 }
 
 pub(crate) fn run(command: SnapshotCommand, args: &ClientArgs) -> Result<(), Failure> {
@@ -196,6 +209,15 @@ fn make(args: RestoreArgs, layout: Layout) -> Result<(), Failure> {
         node_id: NodeId(args.node_id),
         peer_address: args.address,
         client_address,
+        log_engine: match args.engine {
+            Engine::RocksDb => LogEngine::RocksDb,
+            Engine::Segments => LogEngine::Segments,
+        },
+    };
+    // What the server takes for granted need not be said.
+    let engine = match args.engine {
+        Engine::RocksDb => "",
+        Engine::Segments => "D_ENGINE__RAFT__PERSISTENCE__ENGINE=Segments ",
     };
     let restored = match (&args.file, &args.from_data_dir) {
         (Some(file), _) => restore(file, &node),
@@ -222,7 +244,7 @@ fn make(args: RestoreArgs, layout: Layout) -> Result<(), Failure> {
                 node.node_id,
             ))?;
             output::line(&format!(
-                "start it: d-engine server --node-id {} --initial-cluster {}={} --data-dir {}",
+                "start it: {engine}d-engine server --node-id {} --initial-cluster {}={} --data-dir {}",
                 node.node_id,
                 node.node_id,
                 node.peer_address,

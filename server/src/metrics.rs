@@ -7,7 +7,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use d_engine_proto::{LogIndex, Revision};
+use d_engine_proto::{LogIndex, NodeId, Revision};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -34,6 +34,10 @@ pub struct Metrics {
     term: Gauge,
     is_leader: Gauge,
     leader_changes: Counter,
+    members: Family<RoleLabels, Gauge>,
+    member_lag: Family<MemberLabels, Gauge>,
+    membership_changes: Family<ChangeLabels, Counter>,
+    leadership_transfers: Family<OutcomeLabels, Counter>,
     batch_commands: Histogram,
     log_write_duration: Histogram,
     lease_renewals: Counter,
@@ -59,7 +63,7 @@ pub struct Metrics {
     leases: Gauge,
     sessions: Gauge,
     expiries: Counter,
-    state_checks: Family<CheckLabels, Counter>,
+    state_checks: Family<OutcomeLabels, Counter>,
     diverged_members: Gauge,
     snapshots_saved: Counter,
     snapshot_last_saved: Gauge,
@@ -69,8 +73,14 @@ pub struct Metrics {
 }
 
 /// What a scrape asks of the node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
+    /// Members with a vote.
+    pub voters: usize,
+    /// Members without one.
+    pub learners: usize,
+    /// Log entries that each of the others lacks, if this node leads.
+    pub lags: Vec<(NodeId, u64)>,
     /// Last entry known to be committed.
     pub committed: LogIndex,
     /// Last entry applied.
@@ -105,8 +115,35 @@ struct MethodLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct CheckLabels {
+struct OutcomeLabels {
     outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RoleLabels {
+    role: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MemberLabels {
+    member: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ChangeLabels {
+    change: &'static str,
+    outcome: &'static str,
+}
+
+/// What came of a change of the membership.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeOutcome {
+    /// It is committed.
+    Done,
+    /// Nothing was changed.
+    Refused,
+    /// It may still be made.
+    Interrupted,
 }
 
 /// What a comparison of the members' states found.
@@ -144,6 +181,10 @@ impl Metrics {
             term: Gauge::default(),
             is_leader: Gauge::default(),
             leader_changes: Counter::default(),
+            members: Family::default(),
+            member_lag: Family::default(),
+            membership_changes: Family::default(),
+            leadership_transfers: Family::default(),
             // 1 to 8192 commands.
             batch_commands: Histogram::new(exponential_buckets(1.0, 2.0, 14)),
             log_write_duration: latencies(),
@@ -208,6 +249,12 @@ impl Metrics {
             "Changes of the known leader, its loss included",
             self.leader_changes.clone(),
         );
+        registry.register("members", "Members by their role", self.members.clone());
+        registry.register("member_lag_entries", "Log entries a member lacks", self.member_lag.clone());
+        let changes = self.membership_changes.clone();
+        registry.register("membership_changes", "Changes of the membership by this node as the leader", changes);
+        let transfers = self.leadership_transfers.clone();
+        registry.register("leadership_transfers", "Transfers of leadership that this node tried", transfers);
         let pending = self.pending_bytes.clone();
         registry.register("proposals_pending_bytes", "Bytes of proposals that wait for their answer", pending);
         registry.register("batch_commands", "Commands that shared a log entry", self.batch_commands.clone());
@@ -326,6 +373,22 @@ impl Metrics {
         self.leader_changes.inc();
     }
 
+    /// As the leader, this node came to the end of a change of the membership, which is named as commands name it.
+    pub fn membership_change(&self, change: &'static str, outcome: ChangeOutcome) {
+        let outcome = match outcome {
+            ChangeOutcome::Done => "done",
+            ChangeOutcome::Refused => "refused",
+            ChangeOutcome::Interrupted => "interrupted",
+        };
+        self.membership_changes.get_or_create(&ChangeLabels { change, outcome }).inc();
+    }
+
+    /// This node tried to hand over leadership.
+    pub fn leadership_transfer(&self, succeeded: bool) {
+        let outcome = if succeeded { "done" } else { "failed" };
+        self.leadership_transfers.get_or_create(&OutcomeLabels { outcome }).inc();
+    }
+
     /// An entry with this many commands was proposed.
     #[expect(clippy::cast_precision_loss, reason = "a batch has thousands of commands at most")]
     pub fn batch(&self, commands: usize) {
@@ -406,7 +469,7 @@ impl Metrics {
             CheckOutcome::Incomplete => "incomplete",
             CheckOutcome::Different => "different",
         };
-        self.state_checks.get_or_create(&CheckLabels { outcome: label }).inc();
+        self.state_checks.get_or_create(&OutcomeLabels { outcome: label }).inc();
         self.diverged_members.set(saturating(wrong as u64));
     }
 
@@ -421,6 +484,14 @@ impl Metrics {
     /// # Errors
     /// Never in practice: writing to a string does not fail.
     pub fn encode(&self, figures: &Figures) -> Result<String, std::fmt::Error> {
+        for (role, members) in [("voter", figures.voters), ("learner", figures.learners)] {
+            self.members.get_or_create(&RoleLabels { role }).set(saturating(members as u64));
+        }
+        // Who was removed, or is followed by another leader now, is shown no more.
+        self.member_lag.clear();
+        for (member, lag) in &figures.lags {
+            self.member_lag.get_or_create(&MemberLabels { member: member.get() }).set(saturating(*lag));
+        }
         self.committed_index.set(saturating(figures.committed.get()));
         self.applied_index.set(saturating(figures.applied.get()));
         self.purged_index.set(saturating(figures.purged.get()));
@@ -499,6 +570,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_lag_of_a_member_is_shown_while_this_node_follows_it() {
+        let metrics = Metrics::new();
+        let lags = |lags: &[(u32, u64)]| {
+            let lags: Vec<_> = lags.iter().map(|(id, lag)| (NodeId(*id), *lag)).collect();
+            let text = metrics.encode(&Figures { voters: 2, learners: 1, lags, ..Figures::default() }).unwrap();
+            for line in ["d_engine_members{role=\"voter\"} 2", "d_engine_members{role=\"learner\"} 1"] {
+                assert!(text.lines().any(|found| found == line), "`{line}` is missing in\n{text}");
+            }
+            let shown = text.lines().filter(|line| line.starts_with("d_engine_member_lag_entries{"));
+            shown.map(str::to_owned).collect::<BTreeSet<_>>()
+        };
+        let both = ["d_engine_member_lag_entries{member=\"2\"} 7", "d_engine_member_lag_entries{member=\"3\"} 0"];
+        assert_eq!(lags(&[(2, 7), (3, 0)]), both.map(str::to_owned).into());
+        assert_eq!(lags(&[(2, 7)]), both[..1].iter().map(|line| (*line).to_owned()).collect());
+        assert_eq!(lags(&[]), BTreeSet::new(), "it leads no more");
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn the_process_is_measured() {
@@ -512,7 +601,9 @@ mod tests {
         // Metrics with labels appear with their first label.
         metrics.state_checked(CheckOutcome::Same, 0);
         metrics.request("Kv/Put", "Ok", Duration::ZERO);
-        let text = scrape(&metrics);
+        metrics.membership_change("add", ChangeOutcome::Done);
+        metrics.leadership_transfer(true);
+        let text = metrics.encode(&Figures { lags: vec![(NodeId(2), 0)], ..Figures::default() }).unwrap();
         let counters = |kind: &str| if kind == "counter" { "_total" } else { "" };
         let registered: BTreeSet<String> = text
             .lines()

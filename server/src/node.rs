@@ -360,10 +360,7 @@ fn open(root: &Path, engine: LogEngine, parts: Parts) -> Result<(Arc<dyn Storage
         Some(storage) => storage.0,
         None => {
             let directory = create(root.join(LOG_DIRECTORY))?;
-            match engine {
-                LogEngine::RocksDb => Arc::new(RocksDBStorageEngine::open(directory)?),
-                LogEngine::Segments => Arc::new(SegmentStorageEngine::open(directory)?),
-            }
+            open_log(engine, &directory)?
         }
     };
     let machine = match parts.state_machine {
@@ -371,6 +368,14 @@ fn open(root: &Path, engine: LogEngine, parts: Parts) -> Result<(Arc<dyn Storage
         None => Machine::Kv(Arc::new(KvStateMachine::open(&root.join(STATE_DIRECTORY))?)),
     };
     Ok((log, machine))
+}
+
+/// Opens the log in `directory` as the files of `engine`, making it if there is none.
+pub(crate) fn open_log(engine: LogEngine, directory: &Path) -> Result<Arc<dyn StorageEngine>, StorageError> {
+    Ok(match engine {
+        LogEngine::RocksDb => Arc::new(RocksDBStorageEngine::open(directory)?),
+        LogEngine::Segments => Arc::new(SegmentStorageEngine::open(directory)?),
+    })
 }
 
 fn consensus_config(config: &RaftNodeConfig, serves: bool) -> ConsensusConfig {

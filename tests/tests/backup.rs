@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use d_engine_client::{Client, ErrorKind, Op, Revision, Txn};
-use d_engine_proto::v1::Consistency;
+use d_engine_client::{Client, ErrorKind, MemberRole, Op, Revision, Txn};
+use d_engine_proto::v1::{self, Consistency};
+use d_engine_proto::{DetailedStatus, ErrorCode};
 use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::process::d_engine;
 use d_engine_tests::wait;
@@ -46,13 +47,18 @@ fn client(address: &str) -> Client {
     Client::builder().endpoints([address]).call_timeout(DEADLINE).build().unwrap()
 }
 
-/// Makes the data directory of `cluster`'s only node from what `source` says, and starts it.
-async fn restored(source: &[&str]) -> (Cluster, Value) {
-    let mut cluster = Cluster::prepare(Shape { nodes: 1, ..Shape::default() }).await;
+/// Makes the data directory of `cluster`'s first node from what `source` says.
+fn restore(cluster: &Cluster, source: &[&str]) -> Value {
     let node = cluster.node(1);
     let (data, address) = (node.data(), node.address.to_string());
     let target = ["--data-dir", text(&data), "--node-id", "1", "--address", &address];
-    let made = json(&[&["snapshot", "restore"], source, &target].concat());
+    json(&[&["snapshot", "restore"], source, &target].concat())
+}
+
+/// A cluster of one that was made from what `source` says, and runs.
+async fn restored(source: &[&str]) -> (Cluster, Value) {
+    let mut cluster = Cluster::prepare(Shape { nodes: 1, ..Shape::default() }).await;
+    let made = restore(&cluster, source);
     cluster.start_all().await;
     (cluster, made)
 }
@@ -189,6 +195,102 @@ async fn a_client_of_the_old_cluster_is_kept_from_the_restored_one() {
     assert_eq!(refused.kind(), ErrorKind::WrongCluster, "{refused}");
     let found = client(&address).get("key").await.unwrap();
     assert_eq!(found.kv.map(|kv| kv.value), Some("old".into()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_of_three_nodes_becomes_three_nodes_that_outrank_the_old_ones() {
+    for engine in ["RocksDB", "Segments"] {
+        three_become_three(engine).await;
+    }
+}
+
+async fn three_become_three(engine: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let archive = directory.path().join("backup.snapshot");
+    let extra = format!("[raft.persistence]\nengine = {engine:?}\n");
+    let shape = || Shape { extra: extra.clone(), ..Shape::default() };
+    let [mut before, mut after] = Cluster::prepare_together([shape(), shape()]).await;
+    before.start_all().await;
+
+    let both = [before.addresses(), after.addresses()].concat();
+    let old = Client::builder().endpoints(both).call_timeout(DEADLINE).build().unwrap();
+    for key in 0..20 {
+        old.put(format!("key/{key}"), key.to_string()).await.unwrap();
+    }
+    old.delete("key/7").await.unwrap();
+    let lock = |client: &Client| client.lock("disk").ttl(Duration::from_secs(2)).timeout(wait::PATIENCE);
+    let held = lock(&old).acquire().await.unwrap();
+    let leader = before.node(before.leader(&[]).await);
+    let (direct, address) = (leader.direct(DEADLINE), leader.address.to_string());
+    let register = direct.timed(v1::SessionRegisterRequest { ttl_ms: 3_600_000 });
+    let session = direct.session().register(register).await.unwrap().into_inner().session;
+    let call = v1::SessionCall { session, sequence: 1, ..v1::SessionCall::default() };
+    let once =
+        v1::PutRequest { key: "once".into(), value: "x".into(), session: Some(call), ..v1::PutRequest::default() };
+    direct.kv().put(direct.timed(once.clone())).await.unwrap();
+    let saved = json(&["--endpoints", &address, "snapshot", "save", text(&archive)]);
+    assert!(saved["sessions"].as_u64() >= Some(1), "the session is in it: {saved}");
+    let kept = direct.at(saved["revision"].as_u64().unwrap()).await.unwrap();
+    assert_eq!(kept.get(&b"key/19"[..]).map(|value| &value[..]), Some(&b"19"[..]));
+    // What came later is lost, but for what it had told others.
+    let outranked = old.lock("another").acquire().await.unwrap().token().max(held.token());
+    let last = old.put("key/0", "too late").await.unwrap().header;
+
+    let made = restore(&after, &[text(&archive), "--engine", engine]);
+    let members: Vec<_> = after.nodes().iter().map(|node| (node.id, node.address)).collect();
+    for (id, address) in &members {
+        let known: Vec<_> = members.iter().filter(|(other, _)| *other == 1 || other == id).copied().collect();
+        after.node(*id).write_config(&known, &extra);
+        if *id > 1 {
+            after.node(*id).joins();
+            assert!(!after.node(*id).data().exists(), "{address} begins with nothing");
+        }
+    }
+    after.start_all().await;
+    let new = Client::builder().endpoints(after.addresses()).call_timeout(DEADLINE).build().unwrap();
+    wait::until("three voters", wait::PATIENCE, || async {
+        let members = new.members().await.ok()?.members;
+        (members.iter().filter(|member| member.role == MemberRole::Voter).count() == 3).then_some(())
+    })
+    .await;
+
+    let revision = made["revision"].as_u64().unwrap();
+    assert!(revision > last.revision.get(), "past any that was issued");
+    for node in after.nodes() {
+        let direct = node.direct(DEADLINE);
+        assert_eq!(direct.at(revision).await.unwrap(), kept, "{engine}: node {}", node.id);
+        let header = direct.get("key/0", Consistency::Eventual, revision).await.unwrap().header.unwrap();
+        assert_eq!(header.epoch, last.epoch.get() + 1, "{engine}: node {}", node.id);
+        assert_ne!(header.cluster_id, last.cluster_id);
+    }
+    let leader = after.node(after.leader(&[]).await).direct(DEADLINE);
+    let refused = leader.kv().put(leader.timed(once)).await.unwrap_err();
+    let code = DetailedStatus::from_status(&refused).and_then(|detailed| detailed.code());
+    assert_eq!(code, Some(ErrorCode::SessionExpired), "{engine}: {refused}");
+
+    // The lease begins anew with its full time to live; nobody renews it.
+    let guard = lock(&new).acquire().await.unwrap();
+    assert!(guard.token() > outranked, "{engine}: {} after {outranked}", guard.token());
+    assert!(guard.token().revision > outranked.revision, "also for who looks at nothing else");
+
+    // Nobody of the old cluster is left, and its clients find the new one.
+    for id in 1..=3 {
+        before.node_mut(id).kill();
+    }
+    let refused = wait::until("the old client to reach the new cluster", wait::PATIENCE, || async {
+        let error = old.put("key/0", "by mistake").await.expect_err("it belongs to the old cluster");
+        (error.kind() == ErrorKind::WrongCluster).then_some(error)
+    })
+    .await;
+    assert!(refused.to_string().contains("cluster"), "{refused}");
+    assert_eq!(new.get("key/0").await.unwrap().into_value().as_deref(), Some(&b"0"[..]));
+
+    // It is a cluster of three: any one of them may fail.
+    for id in 1..=3 {
+        after.node_mut(id).kill();
+        new.put("key/0", id.to_string()).await.unwrap();
+        after.start_all().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::Command;
 
 use bytes::Bytes;
@@ -267,22 +267,9 @@ fn a_follower_without_room_for_a_snapshot_serves_what_it_has_and_catches_up_with
     network::inside("a_follower_without_room_for_a_snapshot_serves_what_it_has_and_catches_up_with_room", || async {
         let network = Some(PrivateNetwork::lay(3));
         let mut cluster = Cluster::prepare(Shape { extra: POLICY.into(), network, ..Shape::default() }).await;
+        let leader = lead_with_small_disk(&mut cluster).await;
         let data = cluster.node(3).data();
-        mount(&data);
-        cluster.start_all().await;
-        let mut leader = cluster.leader(&[]).await;
-        while leader == 3 {
-            cluster.node_mut(3).kill();
-            cluster.leader(&[3]).await;
-            cluster.start_all().await;
-            leader = cluster.leader(&[]).await;
-        }
         let direct = cluster.node(leader).direct(wait::PATIENCE);
-        direct.put("before", "x").await.unwrap();
-        wait::until("the follower to have it", wait::PATIENCE, || async {
-            cluster.node(3).direct(wait::PATIENCE).get("before", Consistency::Eventual, 0).await.ok()?.kv
-        })
-        .await;
         // Not killed: what it was told of commits would be lost with what was not written yet.
         cluster.node_mut(3).stop().await;
         fill(&direct, 200).await;
@@ -292,9 +279,7 @@ fn a_follower_without_room_for_a_snapshot_serves_what_it_has_and_catches_up_with
         // What is left is less than what has to stay free beside a snapshot.
         let ballast = data.join("ballast");
         let mut file = File::create(&ballast).unwrap();
-        let used = Command::new("df").args(["--output=avail", "-B1"]).arg(&data).output().unwrap().stdout;
-        let free: usize = String::from_utf8(used).unwrap().lines().nth(1).unwrap().trim().parse().unwrap();
-        for _ in 0..free.saturating_sub(60 << 20) >> 20 {
+        for _ in 0..df(&data, "avail").saturating_sub(60 << 20) >> 20 {
             file.write_all(&[0; 1 << 20]).unwrap();
         }
         // Or the space would stay taken.
@@ -317,9 +302,97 @@ fn a_follower_without_room_for_a_snapshot_serves_what_it_has_and_catches_up_with
     });
 }
 
+/// Starts a cluster of which node 3 has a small disk, does not lead, and has the key `before`. Answers the leader.
+async fn lead_with_small_disk(cluster: &mut Cluster) -> u32 {
+    mount(&cluster.node(3).data());
+    cluster.start_all().await;
+    let mut leader = cluster.leader(&[]).await;
+    while leader == 3 {
+        cluster.node_mut(3).kill();
+        cluster.leader(&[3]).await;
+        cluster.start_all().await;
+        leader = cluster.leader(&[]).await;
+    }
+    cluster.node(leader).direct(wait::PATIENCE).put("before", "x").await.unwrap();
+    wait::until("the follower to have it", wait::PATIENCE, || async {
+        cluster.node(3).direct(wait::PATIENCE).get("before", Consistency::Eventual, 0).await.ok()?.kv
+    })
+    .await;
+    leader
+}
+
+/// Bytes of a disk that are `used`, or that are `avail`able.
+fn df(place: &Path, which: &str) -> usize {
+    let output = Command::new("df").arg(format!("--output={which}")).arg("-B1").arg(place).output().unwrap().stdout;
+    String::from_utf8(output).unwrap().lines().nth(1).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_disk_that_fills_up_while_a_snapshot_arrives_costs_the_snapshot_and_not_the_node() {
+    network::inside("a_disk_that_fills_up_while_a_snapshot_arrives_costs_the_snapshot_and_not_the_node", || async {
+        let network = Some(PrivateNetwork::lay(3));
+        let mut cluster = Cluster::prepare(Shape { extra: POLICY.into(), network, ..Shape::default() }).await;
+        let leader = lead_with_small_disk(&mut cluster).await;
+        let direct = cluster.node(leader).direct(wait::PATIENCE);
+        // Not killed: what it was told of commits would be lost with what was not written yet.
+        cluster.node_mut(3).stop().await;
+        fill(&direct, 400).await;
+        let mut steady = Steady::start(direct).await;
+        purged_since_now(&cluster, 3).await;
+
+        let data = cluster.node(3).data();
+        // It sleeps in the midst of a transfer. One that was over before is tried again.
+        loop {
+            cluster.node_mut(3).start();
+            wait::until("some of a snapshot", wait::PATIENCE, || async {
+                let received = counter(&cluster, 3, "d_engine_snapshot_received_bytes_total").await?;
+                (received > 1 << 20).then_some(())
+            })
+            .await;
+            cluster.node_mut(3).process().pause();
+            if data.join("snapshots").join("receiving").exists() {
+                break;
+            }
+            cluster.node_mut(3).process().resume();
+            cluster.node_mut(3).stop().await;
+            purged_since_now(&cluster, 3).await;
+        }
+        resize(&data, df(&data, "used"));
+        assert_eq!(df(&data, "avail"), 0);
+        cluster.node_mut(3).process().resume();
+
+        wait::until("the leader to be told of the full disk", wait::PATIENCE, || async {
+            cluster.node(leader).output().contains("No space left on device").then_some(())
+        })
+        .await;
+        // What had arrived is given back: the log needs the space more.
+        wait::until("space", wait::PATIENCE, || async { (df(&data, "avail") > 1 << 20).then_some(()) }).await;
+        let old = cluster.node(3).direct(wait::PATIENCE).get("before", Consistency::Eventual, 0).await.unwrap();
+        assert_eq!(old.kv.unwrap().value, "x");
+        steady.go_on(10).await;
+        cluster.check_alive();
+
+        resize(&data, DISK_BYTES);
+        cluster.node_mut(3).ready().await;
+        steady.finish().await;
+        all_equal(&cluster).await;
+        cluster.check_alive();
+    });
+}
+
+const DISK_BYTES: usize = 300 << 20;
+
 /// A small disk in memory, in mounts that the test alone sees.
-fn mount(place: &PathBuf) {
+fn mount(place: &Path) {
     std::fs::create_dir_all(place).unwrap();
-    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=300m", "tmpfs"]).arg(place).status().unwrap();
+    let size = format!("size={DISK_BYTES}");
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(place).status().unwrap();
     assert!(mounted.success());
+}
+
+/// Makes it smaller or larger, down to what is used of it.
+fn resize(place: &Path, bytes: usize) {
+    let size = format!("remount,size={bytes}");
+    let resized = Command::new("mount").args(["-o", &size]).arg(place).status().unwrap();
+    assert!(resized.success());
 }

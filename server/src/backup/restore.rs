@@ -13,11 +13,12 @@ use std::path::{Path, PathBuf};
 use d_engine_proto::{Epoch, NodeId, Revision};
 
 use super::{Archive, BackupError, io_error};
+use crate::config::LogEngine;
 use crate::consensus::{Member, begin_alone, replay};
-use crate::node::{LOG_DIRECTORY, STATE_DIRECTORY};
+use crate::node::{LOG_DIRECTORY, STATE_DIRECTORY, open_log};
 use crate::state_machine::kv::KvStateMachine;
 use crate::storage::versions::{StoreState, VersionStore};
-use crate::storage::{Durability, RocksDBStorageEngine, SegmentStorageEngine, StorageEngine, StorageError};
+use crate::storage::{Durability, StorageError};
 
 /// Holds what is not whole yet.
 const UNFINISHED: &str = "restoring";
@@ -33,6 +34,8 @@ pub struct NewNode {
     pub peer_address: String,
     /// Where clients reach it, host:port.
     pub client_address: String,
+    /// Which files its log is kept in: what its configuration says. The other engine refuses them.
+    pub log_engine: LogEngine,
 }
 
 /// What came of it.
@@ -76,9 +79,9 @@ pub fn recover(survivor: &Path, node: &NewNode) -> Result<Restored, BackupError>
     // Opening would make one.
     fs::metadata(&log).map_err(io_error("open", &log))?;
     build(node, |state| {
-        let engine: Box<dyn StorageEngine> = match RocksDBStorageEngine::open(&log) {
-            Err(StorageError::OtherEngine { .. }) => Box::new(SegmentStorageEngine::open(&log)?),
-            opened => Box::new(opened?),
+        let engine = match open_log(LogEngine::RocksDb, &log) {
+            Err(StorageError::OtherEngine { .. }) => open_log(LogEngine::Segments, &log)?,
+            opened => opened?,
         };
         copy(&from, state)?;
         let kv = KvStateMachine::open(state)?;
@@ -146,7 +149,7 @@ fn begin(node: &NewNode, unfinished: &Path, kv: KvStateMachine) -> Result<Restor
     };
     drop(kv);
     let log = unfinished.join(LOG_DIRECTORY);
-    RocksDBStorageEngine::open(&log)?.write(&beginning.operations, Durability::Fsync)?;
+    open_log(node.log_engine, &log)?.write(&beginning.operations, Durability::Fsync)?;
     let root = &node.data_directory;
     for directory in [LOG_DIRECTORY, STATE_DIRECTORY] {
         fs::rename(unfinished.join(directory), root.join(directory)).map_err(io_error("move into", root))?;

@@ -9,6 +9,7 @@ use d_engine_proto::{Epoch, LogIndex, NodeId, Revision, Term};
 use prost::Message;
 
 use super::*;
+use crate::config::LogEngine;
 use crate::node::{LOG_DIRECTORY, STATE_DIRECTORY};
 use crate::state_machine::kv::{KvStateMachine, REVISION_GAP};
 use crate::state_machine::{CommittedEntry, EntryContent, StateMachine, StoreTime};
@@ -69,6 +70,7 @@ impl Fixture {
             node_id: NodeId(5),
             peer_address: "127.0.0.1:1".to_owned(),
             client_address: "127.0.0.1:2".to_owned(),
+            log_engine: LogEngine::RocksDb,
         }
     }
 }

@@ -31,7 +31,7 @@ use super::steward::{ChangeError, MemberChange, Steward, Stewardship};
 use super::transfer::{Transfer, TransferError};
 use crate::clock::Moment;
 use crate::limits::APPEND_ENTRIES_MAX;
-use crate::metrics::Metrics;
+use crate::metrics::{Figures, Metrics};
 use crate::state_machine::{StateMachine, StoreTime};
 use crate::storage::{Durability, Identity, LogPosition, StorageEngine, StorageError, StorageOperation, StorageState};
 use crate::tls::Tls;
@@ -246,13 +246,19 @@ impl Consensus {
             timings: config.timings,
         });
         let fingerprints = Arc::new(Fingerprints::default());
-        let transfer = Transfer { raft: raft.clone(), leadership: leadership.clone(), timings: config.timings };
+        let transfer = Transfer {
+            raft: raft.clone(),
+            leadership: leadership.clone(),
+            timings: config.timings,
+            metrics: metrics.clone(),
+        };
         let steward = Steward {
             raft: raft.clone(),
             peers: peers.clone(),
             formation: formation.clone(),
             leadership: leadership.clone(),
             transfer: transfer.clone(),
+            metrics: metrics.clone(),
         };
         let stewardship = steward.start(quarantine, &poison);
         let service = PeerService {
@@ -463,6 +469,32 @@ impl Consensus {
             committed: index(&metrics.local_committed),
             applied: index(&metrics.last_applied),
             purged: index(&metrics.purged),
+        }
+    }
+
+    /// What a scrape of the metrics asks of Raft; the rest is left at zero.
+    #[must_use]
+    pub fn figures(&self) -> Figures {
+        let (progress, membership) = (self.progress(), self.membership());
+        let voters = membership.voters().count();
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let last = metrics.last_log_index.unwrap_or(0);
+        // A leader follows itself too.
+        let others = metrics.replication.iter().flatten().filter(|(id, _)| **id != metrics.id);
+        let lags = others.map(|(id, matched)| {
+            let has = matched.as_ref().map_or(0, |matched| matched.index());
+            (NodeId(*id), last.saturating_sub(has))
+        });
+        Figures {
+            voters,
+            learners: membership.members.len() - voters,
+            lags: lags.collect(),
+            committed: progress.committed,
+            applied: progress.applied,
+            purged: progress.purged,
+            pending_bytes: self.pending_bytes(),
+            ..Figures::default()
         }
     }
 

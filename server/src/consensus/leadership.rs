@@ -152,6 +152,16 @@ impl Leadership {
         Renounced(self.clone())
     }
 
+    /// Sets the end of the lease of node `me`, unless it gave that up; then it is no leader either, as far as anybody is
+    /// told. Answers who is.
+    fn grant(&self, me: u32, info: Option<LeaderInfo>, lease_end: u64) -> Option<LeaderInfo> {
+        let reign = self.reign.lock();
+        let given_up = |info: &LeaderInfo| reign.transfers > 0 || reign.renounced == Some(info.term);
+        let info = info.filter(|info| info.leader_id != me || !given_up(info));
+        self.lease_end.store(if info.is_some() { lease_end } else { 0 }, Ordering::Release);
+        info
+    }
+
     /// Whether the lease of `term` was given up in a transfer that is over: if this node still leads in it, it failed.
     pub(super) fn has_renounced(&self, term: u64) -> bool {
         let reign = self.reign.lock();
@@ -347,13 +357,7 @@ impl Monitor {
     }
 
     fn publish(&self, info: Option<LeaderInfo>, lease_end: u64) {
-        let info = {
-            let reign = self.leadership.reign.lock();
-            let own = |info: &LeaderInfo| info.leader_id == *self.raft.node_id();
-            let info = info.filter(|info| !own(info) || (reign.transfers == 0 && reign.renounced != Some(info.term)));
-            self.leadership.lease_end.store(if info.is_some() { lease_end } else { 0 }, Ordering::Release);
-            info
-        };
+        let info = self.leadership.grant(*self.raft.node_id(), info, lease_end);
         let changed = self.leadership.info.send_if_modified(|current| {
             let changed = *current != info;
             *current = info;
@@ -396,6 +400,28 @@ mod tests {
             // What is applied meanwhile does not move it.
             leadership.keep_store_clock(Some(3), seconds(5));
         }
+    }
+
+    #[test]
+    fn a_lease_that_was_given_up_is_gone_at_once_and_for_the_rest_of_its_term() {
+        let leadership = Arc::new(Leadership::new());
+        // As the monitor does when a quorum has acknowledged.
+        let renewed = |term| {
+            leadership.term.store(term, Ordering::Relaxed);
+            let own = LeaderInfo { leader_id: 1, term };
+            leadership.grant(1, Some(own), u64::MAX) == Some(own)
+        };
+        assert!(renewed(3) && leadership.lease_is_valid());
+        let transfer = leadership.renounce(3);
+        assert!(!leadership.lease_is_valid(), "before anybody is asked to take over");
+        assert!(!renewed(3) && !leadership.lease_is_valid());
+        assert!(!renewed(4) && !leadership.lease_is_valid(), "whichever term it is that is handed over");
+        let next = LeaderInfo { leader_id: 2, term: 5 };
+        assert_eq!(leadership.grant(1, Some(next), 0), Some(next), "others lead as they do");
+        leadership.term.store(4, Ordering::Relaxed);
+        drop(transfer);
+        assert!(!renewed(4) && !leadership.lease_is_valid(), "nobody knows whether the successor still campaigns");
+        assert!(renewed(6) && leadership.lease_is_valid(), "a reign of its own");
     }
 
     #[test]

@@ -39,6 +39,7 @@ use super::raft_types::{LogId, Raft, RaftVote};
 use super::transfer::{Transfer, TransferError};
 use crate::clock::Moment;
 use crate::limits::{LEARNER_LAG_ENTRIES_MAX, MEMBER_CHANGES_WAITING_MAX};
+use crate::metrics::{ChangeOutcome, Metrics};
 
 /// How often a leader looks for something to do by itself, and how long it waits after it failed.
 const ROUND: Duration = Duration::from_millis(200);
@@ -59,6 +60,17 @@ pub enum MemberChange {
     Demote(NodeId),
     /// Removes a member, dead or alive.
     Remove(NodeId),
+}
+
+impl MemberChange {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Add { .. } => "add",
+            Self::Promote(_) => "promote",
+            Self::Demote(_) => "demote",
+            Self::Remove(_) => "remove",
+        }
+    }
 }
 
 /// Why the membership was not changed.
@@ -199,6 +211,7 @@ pub(super) struct Steward {
     pub(super) formation: Arc<Formation>,
     pub(super) leadership: Arc<Leadership>,
     pub(super) transfer: Transfer,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 /// The cluster as its leader sees it.
@@ -310,6 +323,7 @@ impl Steward {
                     let steward = self.clone();
                     under_way = Some(tokio::spawn(async move {
                         let changed = steward.make_patiently(&change, force).await;
+                        steward.count(change.name(), &changed);
                         // Whoever asked may have given up.
                         let _ = answer.send(changed);
                         true
@@ -450,7 +464,7 @@ impl Steward {
 
     /// Whether it succeeded.
     async fn fulfil(&self, duty: Duty, view: View) -> bool {
-        let done = match duty {
+        let (name, done) = match duty {
             Duty::FindSuccessor => return self.transfer.run(None).await.is_ok(),
             Duty::LeaveOffice => {
                 tracing::info!("this node leads without a vote: handing over");
@@ -461,16 +475,28 @@ impl Steward {
             }
             Duty::Flatten => {
                 tracing::info!("finishing the change of the membership that an earlier leader began");
-                self.commit(ChangeMembers::AddVoterIds(BTreeSet::new())).await
+                ("finish", self.commit(ChangeMembers::AddVoterIds(BTreeSet::new())).await)
             }
             Duty::Record(id, member) => {
                 tracing::info!(node = id, peer = member.peer_address, client = member.client_address, "a member moved");
-                self.commit(ChangeMembers::SetNodes(BTreeMap::from([(id, member)]))).await
+                ("move", self.commit(ChangeMembers::SetNodes(BTreeMap::from([(id, member)]))).await)
             }
-            Duty::Add(member, id) => self.add(id, member).await,
-            Duty::Promote(id) => self.promote(&view, id, false).await,
+            Duty::Add(member, id) => ("add", self.add(id, member).await),
+            Duty::Promote(id) => ("promote", self.promote(&view, id, false).await),
         };
+        self.count(name, &done);
         done.inspect_err(|error| tracing::warn!(%error, "the membership could not be kept up")).is_ok()
+    }
+
+    fn count(&self, name: &'static str, made: &Result<(), ChangeError>) {
+        let outcome = match made {
+            Ok(()) => ChangeOutcome::Done,
+            // It is another node's to make, and counts there.
+            Err(ChangeError::NotLeader) => return,
+            Err(ChangeError::Interrupted { .. }) => ChangeOutcome::Interrupted,
+            Err(_) => ChangeOutcome::Refused,
+        };
+        self.metrics.membership_change(name, outcome);
     }
 
     /// As [`make`](Self::make), but gives members the time to be heard: a leader that was just elected knows of none.

@@ -32,9 +32,9 @@ pub(super) const TIMINGS: Timings = Timings {
     heartbeat: Duration::from_millis(50),
 };
 
-/// Remembers every command; answers with how many there are.
+/// Remembers every command; answers with how many there are. It is durable up to an entry, if it is told so.
 #[derive(Default)]
-struct List(Mutex<(AppliedState, Vec<Bytes>)>);
+struct List(Mutex<(AppliedState, Vec<Bytes>)>, Mutex<Option<LogPosition>>);
 
 impl List {
     fn commands(&self) -> Vec<Bytes> {
@@ -48,7 +48,7 @@ impl StateMachine for List {
     }
 
     fn durable(&self) -> Option<LogPosition> {
-        self.applied().position
+        self.1.lock().or(self.applied().position)
     }
 
     fn apply(&self, entry: &CommittedEntry) -> Result<Vec<Bytes>, StorageError> {

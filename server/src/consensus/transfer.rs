@@ -17,6 +17,7 @@ use super::raft_types::Raft;
 use super::steward::lag;
 use crate::clock::Moment;
 use crate::limits::LEARNER_LAG_ENTRIES_MAX;
+use crate::metrics::Metrics;
 
 /// Why leadership was not handed over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,11 +84,23 @@ pub(super) struct Transfer {
     pub(super) raft: Raft,
     pub(super) leadership: Arc<Leadership>,
     pub(super) timings: Timings,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl Transfer {
     /// Hands over to `to`, or to the most up-to-date voter, and waits until it is known to reign. The time is bounded.
     pub(super) async fn run(&self, to: Option<u32>) -> Result<LeaderInfo, TransferError> {
+        let result = self.hand_over(to).await;
+        match &result {
+            // Nothing was to be handed over.
+            Err(TransferError::NotLeader) => {}
+            Ok(info) if info.leader_id == *self.raft.node_id() => {}
+            handed_over => self.metrics.leadership_transfer(handed_over.is_ok()),
+        }
+        result
+    }
+
+    async fn hand_over(&self, to: Option<u32>) -> Result<LeaderInfo, TransferError> {
         let me = *self.raft.node_id();
         // One that was just elected has heard of nobody yet.
         let until = Moment::now() + self.timings.silence();

@@ -69,19 +69,15 @@ impl Engine {
     /// What a scrape of the metrics asks for.
     #[must_use]
     pub fn figures(&self) -> Figures {
-        let progress = self.inner.consensus.progress();
         let store = self.inner.kv.current();
         Figures {
-            committed: progress.committed,
-            applied: progress.applied,
-            purged: progress.purged,
-            pending_bytes: self.inner.consensus.pending_bytes(),
             revision: store.revision(),
             compacted: store.compacted(),
             keys: store.key_count(),
             leases: store.lease_count(),
             sessions: store.session_count(),
             expired: self.inner.kv.expired(),
+            ..self.inner.consensus.figures()
         }
     }
 }

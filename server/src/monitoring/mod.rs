@@ -56,14 +56,7 @@ pub async fn serve_custom(
 ) -> Result<(), ServeError> {
     let observe = move || {
         let consensus = engine.consensus();
-        let progress = consensus.progress();
-        let figures = Figures {
-            committed: progress.committed,
-            applied: progress.applied,
-            pending_bytes: consensus.pending_bytes(),
-            ..Figures::default()
-        };
-        NodeState::new(consensus, engine.problem(), figures)
+        NodeState::new(consensus, engine.problem(), consensus.figures())
     };
     serve_state(listener, observe, metrics, shutdown).await
 }

@@ -31,12 +31,20 @@ use d_engine_tests::workload::{CALL_TIMEOUT, Keys, Worker};
 use fastrand::Rng;
 use tokio::sync::watch;
 
-const NODES: u32 = 3;
 const CLIENTS: usize = 8;
 /// Small enough to be filled in a moment.
 const DISK_MEBIBYTES: u32 = 256;
-/// History is compacted while it is read.
-const EXTRA: &str = "[raft.state_machine.history]\nretention_ms = 120000\n";
+/// History is compacted while it is read, and the log so often that a node which was away for a moment needs a snapshot.
+const EXTRA: &str = "\
+[raft.state_machine.history]
+retention_ms = 120000
+
+[raft.snapshot]
+max_log_entries_before_snapshot = 200
+retained_log_entries = 20
+";
+/// A run of this length that installs no snapshot shows nothing of them.
+const LONG_SECONDS: u64 = 60;
 
 /// Fault test on real processes, judged for linearizability and for what watches deliver.
 #[derive(Debug, Parser)]
@@ -47,6 +55,9 @@ struct Arguments {
     /// Seed of the schedule; random unless given.
     #[arg(long)]
     seed: Option<u64>,
+    /// Nodes of the cluster.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(3..=9))]
+    nodes: u32,
     /// Length of an episode.
     #[arg(long, default_value_t = 60)]
     episode_seconds: u64,
@@ -78,9 +89,9 @@ async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
             false
         }
     };
-    let network = private.then(|| PrivateNetwork::lay(NODES));
+    let network = private.then(|| PrivateNetwork::lay(arguments.nodes));
     let shape = Shape {
-        nodes: NODES,
+        nodes: arguments.nodes,
         network,
         disks: disks.then_some(DISK_MEBIBYTES),
         wall_clocks: true,
@@ -89,7 +100,7 @@ async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
     };
     let mut cluster = Cluster::prepare(shape).await;
     cluster.start_all().await;
-    let mut schedule = Schedule::new(seed, NODES, cluster.reach());
+    let mut schedule = Schedule::new(seed, arguments.nodes, cluster.reach());
     let mut rng = Rng::with_seed(seed);
     let (start, mut timeline) = (Instant::now(), Timeline::default());
     let samples = Samples::start(&cluster, start);
@@ -108,8 +119,10 @@ async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
     for holding in samples.finish().await {
         timeline.add_holding(holding);
     }
-    let verdict = verdict.and_then(|()| timeline.flat());
-    let title = format!("d-engine fault test, seed {seed}, {} s, {NODES} nodes", start.elapsed().as_secs());
+    let snapshots = Snapshots::of(&cluster);
+    let verdict = verdict.and_then(|()| timeline.flat()).and_then(|()| snapshots.enough(arguments.seconds));
+    let (time, nodes) = (start.elapsed().as_secs(), arguments.nodes);
+    let title = format!("d-engine fault test, seed {seed}, {time} s, {nodes} nodes");
     if let Some(picture) = &arguments.picture {
         match timeline.draw(&title, picture) {
             Ok(()) => println!("picture: {}", picture.display()),
@@ -118,13 +131,40 @@ async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
     }
     match verdict {
         Ok(()) => {
-            println!("fault test passed: {episode} episode(s), seed {seed}");
+            let Snapshots { built, installed } = snapshots;
+            println!(
+                "fault test passed: {episode} episode(s), {nodes} nodes, {built} snapshots built, {installed} installed, \
+                 seed {seed}"
+            );
             ExitCode::SUCCESS
         }
         Err(violation) => {
             println!("seed {seed}: {violation}");
             cluster.keep();
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Snapshots of all nodes, in all their runs.
+#[derive(Clone, Copy)]
+struct Snapshots {
+    built: usize,
+    installed: usize,
+}
+
+impl Snapshots {
+    /// As the nodes' logs tell: counters end with their process.
+    fn of(cluster: &Cluster) -> Self {
+        let logs: Vec<String> = cluster.nodes().iter().map(Node::output).collect();
+        let count = |words: &str| logs.iter().map(|log| log.matches(words).count()).sum();
+        Self { built: count("built a snapshot"), installed: count("installed a snapshot") }
+    }
+
+    fn enough(self, seconds: u64) -> Result<(), String> {
+        match self.installed {
+            0 if seconds >= LONG_SECONDS => Err(format!("of {} snapshots built none was installed", self.built)),
+            _ => Ok(()),
         }
     }
 }

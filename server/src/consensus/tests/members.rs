@@ -1,5 +1,7 @@
 //! Changes of the membership: growing and shrinking, what is refused, who finds whom, and who may not campaign.
 
+use d_engine_proto::v1::peer_client::PeerClient;
+
 use super::*;
 
 /// A node that is to join the cluster of `founder`, or that was in it before.
@@ -232,6 +234,56 @@ async fn a_node_that_replays_the_log_of_a_lost_directory_does_not_campaign() {
     write(identity);
     let node = guest.start(&initial, false).await;
     within(node.consensus.leader_changes().wait_for(Option::is_some)).await.unwrap();
+}
+
+/// Nobody is there to tell it that it lost its disk. All that keeps it from voting is what the messages say.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_that_lost_its_disk_neither_votes_nor_acknowledges_as_its_former_self() {
+    let mut cluster = Cluster::start(3).await;
+    within(cluster.leader().await.consensus.propose(Bytes::from_static(b"x"))).await.unwrap();
+    let initial: Vec<_> = cluster
+        .nodes
+        .iter()
+        .map(|node| {
+            let (id, address) = (node.consensus.node_id().get(), peer_address(node));
+            v1::InitialMember { id, address, learner: false, joining: false }
+        })
+        .collect();
+    for node in cluster.nodes.drain(..) {
+        node.stop().await;
+    }
+    let identity = |id: usize| cluster.engines[id - 1].state().unwrap().identity.unwrap();
+    let (candidate, lost) = (identity(1), identity(3));
+    let guest = Guest::new(3);
+    let wiped = guest.start(&initial, false).await;
+    let present = guest.engine.state().unwrap().identity.unwrap().incarnation;
+
+    let mut peer = PeerClient::connect(format!("http://{}", wiped.address)).await.unwrap();
+    let vote = Some(v1::Vote { term: 99, node_id: 1, committed: false });
+    let request = |to_incarnation| {
+        let route = Some(v1::Route {
+            cluster_id: candidate.cluster_id.unwrap(),
+            from: 1,
+            from_incarnation: candidate.incarnation,
+            to: 3,
+            to_incarnation,
+        });
+        let last_log = Some(v1::LogId { term: 98, index: 1_000 });
+        v1::VoteRequest { route, vote, last_log, leadership_transfer: false }
+    };
+    let former = request(lost.incarnation);
+    for refused in [peer.pre_vote(former).await, peer.vote(former).await] {
+        let refused = refused.unwrap_err();
+        assert!(refused.message().contains("a data directory was lost"), "{refused}");
+    }
+    let leader = Some(v1::Vote { term: 99, node_id: 1, committed: true });
+    let append = v1::AppendRequest { route: former.route, vote: leader, ..v1::AppendRequest::default() };
+    let mut answers = peer.append(tokio_stream::iter([append])).await.unwrap().into_inner();
+    let refused = answers.message().await.unwrap_err();
+    assert!(refused.message().contains("a data directory was lost"), "{refused}");
+    assert_eq!(wiped.consensus.progress().term, Term(0), "it has heard of no term");
+    // It is this that makes the difference.
+    assert!(peer.vote(request(present)).await.unwrap().into_inner().granted);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -32,6 +32,34 @@ async fn a_snapshot_is_of_what_is_applied_and_is_found_again_while_nothing_chang
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_log_is_kept_as_far_as_the_state_machine_is_not_durable_whatever_the_snapshot_holds() {
+    let cluster = Cluster::start(1).await;
+    let leader = cluster.leader().await;
+    let purged = || cluster.engines[0].state().unwrap().purged;
+    let purged_to = async |position| {
+        within(async {
+            while purged() < position {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        assert_eq!(purged(), position);
+    };
+    propose(leader, 0..10).await;
+    // Its disk refuses from here on.
+    let durable = leader.list.applied().position;
+    *leader.list.1.lock() = durable;
+    propose(leader, 10..20).await;
+    assert!(Some(within(leader.consensus.trigger_snapshot()).await.unwrap()) > durable.map(|durable| durable.index));
+    purged_to(durable).await;
+    // And now no more.
+    *leader.list.1.lock() = None;
+    propose(leader, 20..30).await;
+    within(leader.consensus.trigger_snapshot()).await.unwrap();
+    purged_to(leader.list.applied().position).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_follower_whose_entries_were_purged_gets_the_snapshot_and_goes_on_with_the_log() {
     let mut listeners = Vec::new();
     for _ in 0..3 {
