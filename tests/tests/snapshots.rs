@@ -338,7 +338,7 @@ fn a_disk_that_fills_up_while_a_snapshot_arrives_costs_the_snapshot_and_not_the_
         cluster.node_mut(3).stop().await;
         fill(&direct, 400).await;
         let mut steady = Steady::start(direct).await;
-        purged_since_now(&cluster, 3).await;
+        purged_up_to_now(&cluster, 3).await;
 
         let data = cluster.node(3).data();
         // It sleeps in the midst of a transfer. One that was over before is tried again.
@@ -355,7 +355,7 @@ fn a_disk_that_fills_up_while_a_snapshot_arrives_costs_the_snapshot_and_not_the_
             }
             cluster.node_mut(3).process().resume();
             cluster.node_mut(3).stop().await;
-            purged_since_now(&cluster, 3).await;
+            purged_up_to_now(&cluster, 3).await;
         }
         resize(&data, df(&data, "used"));
         assert_eq!(df(&data, "avail"), 0);
