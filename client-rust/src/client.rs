@@ -29,6 +29,8 @@ use crate::watch_link::Links;
 
 /// How old the member list may grow while all is well.
 const REFRESH_PERIOD: Duration = Duration::from_secs(30);
+/// The same while only one address is known: when its node is lost there is nobody to ask for those that have joined it.
+const REFRESH_PERIOD_ALONE: Duration = Duration::from_secs(1);
 /// Rounds follow each other no faster, however many calls ask for one: with a leader that can be used, and without.
 const REFRESH_GAP_CALM: Duration = Duration::from_millis(100);
 const REFRESH_GAP: Duration = Duration::from_millis(20);
@@ -295,7 +297,8 @@ async fn keep_fresh(shared: Arc<Shared>) {
             let mut state = shared.state.lock();
             if state.topology.leader_is_usable(Instant::now()) {
                 fruitless = 0;
-                (REFRESH_GAP_CALM, REFRESH_PERIOD)
+                let alone = state.topology.addresses().len() < 2;
+                (REFRESH_GAP_CALM, if alone { REFRESH_PERIOD_ALONE } else { REFRESH_PERIOD })
             } else {
                 fruitless += 1;
                 (REFRESH_GAP, backoff(fruitless, &mut state.rng))

@@ -84,6 +84,25 @@ async fn a_write_survives_the_death_of_the_leader_it_was_not_sent_to() {
     assert_eq!(pending.await.unwrap().unwrap().header.node_id, NodeId(3));
 }
 
+/// A cluster of one grows behind the back of its clients, and then its first node is lost.
+#[tokio::test]
+async fn a_client_that_knows_one_node_soon_learns_of_those_that_join_it() {
+    let mut nodes = cluster(1);
+    let client = client(&[&nodes[0]], PATIENCE);
+    client.put("k", "1").await.unwrap();
+    nodes.push(FakeNode::start(2));
+    introduce(&nodes);
+    let read_from_the_other = async {
+        while nodes[1].gets() == 0 {
+            client.get("k").consistency(Consistency::Eventual).await.unwrap();
+        }
+    };
+    tokio::time::timeout(PATIENCE, read_from_the_other).await.expect("the other one is known by now");
+    kill(nodes.remove(0), &client).await;
+    elect(&nodes, 0, 2);
+    assert_eq!(client.put("k", "2").await.unwrap().header.node_id, NodeId(2));
+}
+
 #[tokio::test]
 async fn a_leader_that_comes_back_at_its_address_is_found_again() {
     let mut nodes = cluster(1);
