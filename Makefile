@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo example test soak figures generate fmt lint build
+.PHONY: help setup setup-demo setup-bench demo example test soak figures bench bench-quick generate fmt lint build
 
 help: ## Shows this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,6 +19,9 @@ setup: ## Installs what building and testing need and the machine lacks
 
 setup-demo:
 	@scripts/setup demo
+
+setup-bench:
+	@scripts/setup bench
 
 demo: setup-demo build ## Starts three servers, loads real data, kills a leader, cuts one off, checks every promise
 	@$(CARGO_TARGET_DIR)/debug/d-engine-demo
@@ -46,12 +49,26 @@ else
 	@$(CARGO_TARGET_DIR)/debug/d-engine-bench snapshot
 endif
 
+# The newest etcd, built through the Go module proxy.
+ETCD := $(CACHE_DIR)/etcd/etcd
+COMPARE = $(CARGO_TARGET_DIR)/debug/d-engine-compare --etcd etcd --etcd $(ETCD) --report bench/report.json
+
+bench: setup-bench $(ETCD) build ## Measures beside etcd; writes bench/report.json and docs/etcd.svg; more by ARGS="--churn-seconds 3600"
+	@$(COMPARE) --picture docs/etcd.svg $(ARGS)
+
+bench-quick: setup-bench $(ETCD) build ## The same in less than five minutes, without what takes long; no picture
+	@$(COMPARE) --rounds 3 --seconds 0.5 --kills 1 --keys 0 $(ARGS)
+
+$(ETCD): bench/etcd/main.go bench/etcd/go.mod bench/etcd/go.sum
+	@mkdir -p $(@D)
+	@cd bench/etcd && go build -mod=readonly -o $@ .
+
 generate: ## Regenerates checked-in code from proto/
 	@cargo run --quiet -p d-engine-proto-generate
 
 fmt: ## Formats the sources
 	@cargo fmt --all
-	@gofmt -w tests/linearizability
+	@gofmt -w tests/linearizability bench/etcd
 
 lint: ## Runs clippy as the tests do
 	@cargo clippy --workspace --all-targets -- -D warnings

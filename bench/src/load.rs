@@ -1,17 +1,14 @@
 //! Load: many callers, each with one operation in flight, through one client.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use d_engine_client::{Client, Consistency};
-use hdrhistogram::Histogram;
-
+use d_engine_bench::callers;
+use d_engine_client::{Bytes, Client, Consistency};
 use d_engine_tests::processes;
+use futures_util::FutureExt;
 
 const KEYS: u64 = 10_000;
 const VALUE_BYTES: usize = 256;
-const LATENCY_US_MAX: u64 = 60_000_000;
 
 /// What a caller repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,56 +93,30 @@ impl Clients {
 /// Runs the load for `duration` and reports.
 pub(crate) async fn measure(clients: &Clients, operation: Operation, callers: usize, duration: Duration) -> Figures {
     let client = if operation == Operation::PutWithoutSession { &clients.sessionless } else { &clients.usual };
+    let (client, value) = (client.clone(), Bytes::from(vec![b'x'; VALUE_BYTES]));
+    let call = move || {
+        let key = format!("{:08}", fastrand::u64(..KEYS));
+        match operation {
+            Operation::Put | Operation::PutWithoutSession => {
+                client.put(key, value.clone()).into_future().map(|answer| answer.is_ok()).left_future()
+            }
+            Operation::Get(consistency) => {
+                client.get(key).consistency(consistency).into_future().map(|answer| answer.is_ok()).right_future()
+            }
+        }
+    };
     let servers = processes::servers();
-    let own = std::process::id();
-    let cpu = |ids: &[u32]| ids.iter().map(|id| processes::cpu_time(*id)).sum::<Duration>();
-    let (servers_before, own_before) = (cpu(&servers), cpu(&[own]));
-    let errors = Arc::new(AtomicU64::new(0));
-    let started = Instant::now();
-    let end = started + duration;
-    let tasks: Vec<_> =
-        (0..callers).map(|_| tokio::spawn(call_until(end, client.clone(), operation, errors.clone()))).collect();
-    let mut latencies = empty_histogram();
-    for task in tasks {
-        latencies.add(task.await.expect("a caller does not panic")).expect("same bounds");
-    }
-    let operations = latencies.len().max(1) as f64;
-    let per_operation = |spent: Duration| spent.as_secs_f64() * 1e6 / operations;
-    let resident: u64 = servers.iter().map(|id| processes::resident_bytes(*id)).sum();
+    let load = callers::load(&servers, callers, Duration::ZERO, duration, call).await;
     Figures {
         operation,
         transport: clients.transport,
         callers,
-        per_second: operations / started.elapsed().as_secs_f64(),
-        p50_us: latencies.value_at_quantile(0.5),
-        p99_us: latencies.value_at_quantile(0.99),
-        server_cpu_us: per_operation(cpu(&servers).saturating_sub(servers_before)),
-        client_cpu_us: per_operation(cpu(&[own]).saturating_sub(own_before)),
-        rss_mib: resident as f64 / servers.len().max(1) as f64 / f64::from(1 << 20),
-        errors: errors.load(Ordering::Relaxed),
+        per_second: load.per_second,
+        p50_us: load.latencies_us.value_at_quantile(0.5),
+        p99_us: load.latencies_us.value_at_quantile(0.99),
+        server_cpu_us: load.servers_cpu_us,
+        client_cpu_us: load.own_cpu_us,
+        rss_mib: load.resident as f64 / servers.len().max(1) as f64 / f64::from(1 << 20),
+        errors: load.errors,
     }
-}
-
-fn empty_histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, LATENCY_US_MAX, 3).expect("valid bounds")
-}
-
-async fn call_until(end: Instant, client: Client, operation: Operation, errors: Arc<AtomicU64>) -> Histogram<u64> {
-    let mut latencies = empty_histogram();
-    let value = vec![b'x'; VALUE_BYTES];
-    while Instant::now() < end {
-        let key = format!("{:08}", fastrand::u64(..KEYS));
-        let started = Instant::now();
-        let ok = match operation {
-            Operation::Put | Operation::PutWithoutSession => client.put(key, value.clone()).await.is_ok(),
-            Operation::Get(consistency) => client.get(key).consistency(consistency).await.is_ok(),
-        };
-        if ok {
-            let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(LATENCY_US_MAX);
-            latencies.saturating_record(micros.max(1));
-        } else {
-            errors.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-    latencies
 }

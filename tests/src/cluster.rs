@@ -23,8 +23,10 @@ use crate::{http, wait};
 /// Clusters of one test program run one after the other: their timing matters more than the test's duration.
 pub(crate) static TURN: std::sync::LazyLock<Arc<Semaphore>> = std::sync::LazyLock::new(|| Arc::new(Semaphore::new(1)));
 
-pub(crate) const GRPC_PORT: u16 = 9080;
-const HTTP_PORT: u16 = 9180;
+/// A node's port for clients and peers, less its id.
+pub const GRPC_PORT: u16 = 9080;
+/// A node's second port, less its id.
+pub const HTTP_PORT: u16 = 9180;
 
 /// Who leads, and in which term. A term is led by one node only, so two equal reigns are one that never broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -547,7 +549,11 @@ fn last_lines(text: &str) -> String {
 /// A loopback address of which the ports of a cluster are free. The whole of 127.0.0.0/8 is ours on Linux, and
 /// nobody else gets a port there by chance. Two callers of one process never get the same one, whether they use it yet
 /// or not.
-pub(crate) fn free_loopback(nodes: u32) -> Ipv4Addr {
+///
+/// # Panics
+/// When none is free.
+#[must_use]
+pub fn free_loopback(nodes: u32) -> Ipv4Addr {
     static NEXT: AtomicU8 = AtomicU8::new(0);
     let process = std::process::id();
     (0..=u8::MAX)

@@ -1,4 +1,5 @@
-//! Writes what `d-engine-proto` checks in, from `vocabulary.toml` and the `.proto` files: `make generate`.
+//! Writes what `d-engine-proto` checks in, from `vocabulary.toml` and the `.proto` files, and the comparison's stubs of
+//! etcd: `make generate`.
 //!
 //! A crate of its own, so that a stale or broken generated file never keeps it from building. Its test fails when
 //! what is checked in is not what it would write.
@@ -68,6 +69,7 @@ fn generated_files() -> Vec<(PathBuf, Vec<u8>)> {
         (root.join("src/vocabulary.rs"), vocabulary_rs(&vocabulary).into_bytes()),
     ];
     files.extend(compiled_protos(root));
+    files.push(etcd_stubs(root));
     files
 }
 
@@ -167,19 +169,30 @@ fn compiled_protos(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     files.retain(|file| file.extension().is_some_and(|extension| extension == "proto"));
     files.sort();
     let descriptors = protox::compile(&files, [root]).unwrap();
-    let out = tempfile::tempdir().unwrap();
-    tonic_prost_build::configure()
-        .out_dir(out.path())
-        .bytes(".")
-        .server_mod_attribute(".", "#[cfg(feature = \"server\")]")
-        .compile_fds(descriptors.clone())
-        .unwrap();
-    let code = std::fs::read_to_string(out.path().join("d_engine.v1.rs")).unwrap();
+    let code = stubs("d_engine.v1", |builder| {
+        let servers = "#[cfg(feature = \"server\")]";
+        builder.server_mod_attribute(".", servers).compile_fds(descriptors.clone()).unwrap();
+    });
     let generated = root.join("src/generated");
     vec![
-        (generated.join("d_engine.v1.rs"), rustfmt(&code).into_bytes()),
+        (generated.join("d_engine.v1.rs"), code),
         (generated.join("descriptors.bin"), prost::Message::encode_to_vec(&descriptors)),
     ]
+}
+
+/// What the comparison speaks to etcd.
+fn etcd_stubs(root: &Path) -> (PathBuf, Vec<u8>) {
+    let bench = root.parent().unwrap().join("bench");
+    let descriptors = protox::compile(["etcd.proto"], [bench.join("proto")]).unwrap();
+    let code = stubs("etcdserverpb", |builder| builder.build_server(false).compile_fds(descriptors).unwrap());
+    (bench.join("src/compare/generated/etcdserverpb.rs"), code)
+}
+
+/// The formatted code of a package, written by what `compile` makes of a builder.
+fn stubs(package: &str, compile: impl FnOnce(tonic_prost_build::Builder)) -> Vec<u8> {
+    let out = tempfile::tempdir().unwrap();
+    compile(tonic_prost_build::configure().out_dir(out.path()).bytes("."));
+    rustfmt(&std::fs::read_to_string(out.path().join(format!("{package}.rs"))).unwrap()).into_bytes()
 }
 
 #[cfg(test)]
