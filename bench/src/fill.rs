@@ -1,7 +1,10 @@
 //! Fills a store before something is measured.
 
+use std::time::Instant;
+
 use d_engine_client::Client;
-use futures_util::{StreamExt, TryStreamExt};
+use d_engine_tests::wait::PATIENCE;
+use futures_util::StreamExt;
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Puts in flight.
@@ -17,13 +20,19 @@ pub(crate) async fn fill(client: &Client, keys: u64, value_bytes: usize) {
     let progress = bar(keys, "keys");
     let value = vec![b'x'; value_bytes];
     futures_util::stream::iter(0..keys)
-        .map(|number| client.put(key(number), value.clone()).into_future())
+        .map(|number| put(client, number, &value))
         .buffer_unordered(CALLERS)
-        .inspect_ok(|_| progress.inc(1))
-        .try_for_each(async |_| Ok(()))
-        .await
-        .expect("a healthy cluster");
+        .for_each(async |()| progress.inc(1))
+        .await;
     progress.finish_and_clear();
+}
+
+/// Puts a key, again and again if need be: a machine that is filled as fast as it can may let a lease lapse.
+async fn put(client: &Client, number: u64, value: &[u8]) {
+    let began = Instant::now();
+    while let Err(error) = client.put(key(number), value.to_vec()).await {
+        assert!(began.elapsed() < PATIENCE, "the store cannot be filled: {error}");
+    }
 }
 
 /// A progress bar that tells how much is left of `what`.

@@ -44,7 +44,7 @@ struct Arguments {
     /// Seconds of load per row.
     #[arg(long, default_value_t = 5)]
     seconds: u64,
-    /// Callers of the rows, each one with an operation in flight.
+    /// Callers of the rows, each one with an operation in flight; 0: no rows.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 64, 1000, 10_000])]
     callers: Vec<usize>,
     /// Nodes of the cluster that is under load.
@@ -104,7 +104,7 @@ async fn main() {
 }
 
 async fn measure_usual(arguments: &Arguments) {
-    if !arguments.callers.is_empty() {
+    if !arguments.callers.contains(&0) {
         measure_load(arguments).await;
     }
     if !arguments.watches.contains(&0) {

@@ -43,27 +43,24 @@ enum End {
     Sigkill,
 }
 
+/// What is measured: who is restarted, after which end.
+type Case = (&'static str, Who, End);
+
+const ALONE: &[Case] = &[
+    ("one node, after SIGTERM", Who::Everyone, End::Sigterm),
+    ("one node, after SIGKILL under load", Who::Everyone, End::Sigkill),
+];
+
+const OF_THREE: &[Case] = &[
+    ("a follower of three, after SIGTERM", Who::AFollower, End::Sigterm),
+    ("a follower of three, after SIGKILL under load", Who::AFollower, End::Sigkill),
+    ("all three together, after SIGTERM", Who::Everyone, End::Sigterm),
+    ("all three together, after SIGKILL under load", Who::Everyone, End::Sigkill),
+];
+
 pub(crate) async fn measure(arguments: &Arguments) {
-    let cases: [(u32, &[(&str, Who, End)]); 2] = [
-        (
-            1,
-            &[
-                ("one node, after SIGTERM", Who::Everyone, End::Sigterm),
-                ("one node, after SIGKILL under load", Who::Everyone, End::Sigkill),
-            ],
-        ),
-        (
-            3,
-            &[
-                ("a follower of three, after SIGTERM", Who::AFollower, End::Sigterm),
-                ("a follower of three, after SIGKILL under load", Who::AFollower, End::Sigkill),
-                ("all three together, after SIGTERM", Who::Everyone, End::Sigterm),
-                ("all three together, after SIGKILL under load", Who::Everyone, End::Sigkill),
-            ],
-        ),
-    ];
     let mut rows = Vec::new();
-    for (nodes, cases) in cases {
+    for (nodes, cases) in [(1, ALONE), (3, OF_THREE)] {
         eprintln!("filling {} ...", if nodes == 1 { "one node" } else { "three nodes" });
         let mut cluster = Cluster::prepare(Shape { nodes, ..Shape::default() }).await;
         cluster.start_all().await;
@@ -82,7 +79,10 @@ pub(crate) async fn measure(arguments: &Arguments) {
         let servers = processes::servers();
         let resident: u64 = servers.iter().map(|id| processes::resident_bytes(*id)).sum();
         let mib = resident as f64 / servers.len().max(1) as f64 / f64::from(1 << 20);
-        println!("resident with {} keys, nodes: {nodes}, after the last restart: {mib:.0} MiB per node", arguments.keys);
+        println!(
+            "resident with {} keys, nodes: {nodes}, after the last restart: {mib:.0} MiB per node",
+            arguments.keys
+        );
     }
     println!("{}", failover::table("from exec to the first 200 on /ready", &rows));
     println!("{} keys of 8 bytes with 256 bytes each; SIGKILL comes while {CALLERS} callers put\n", arguments.keys);

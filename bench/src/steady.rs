@@ -163,8 +163,11 @@ mod tests {
     fn of_windows_that_overlap_the_last_one_has_the_moment() {
         let zero = Instant::now();
         let at = |second| zero + Duration::from_secs(second);
-        let windows = [("calm", 0, 10), ("built", 4, 6), ("sent", 5, 12)]
-            .map(|(name, from, to)| Window { name, from: at(from), to: at(to) });
+        let windows = [("calm", 0, 10), ("built", 4, 6), ("sent", 5, 12)].map(|(name, from, to)| Window {
+            name,
+            from: at(from),
+            to: at(to),
+        });
         let found: Vec<_> = stretches(&windows).iter().map(|part| (part.name, part.from, part.to)).collect();
         let expected = [("calm", 0, 4), ("built", 4, 5), ("sent", 5, 6), ("sent", 6, 10), ("sent", 10, 12)];
         assert_eq!(found, expected.map(|(name, from, to)| (name, at(from), at(to))));

@@ -58,7 +58,7 @@ pub(crate) struct Peer {
 /// Runs until it is killed.
 pub(crate) async fn run_peer(peer: &Peer) {
     let _engine = EmbeddedEngine::start_with(&peer.config).await.expect("the engine starts");
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// A process' memory over time.
@@ -80,7 +80,6 @@ struct Looks {
 }
 
 pub(crate) async fn measure(arguments: &Arguments) {
-    // First, while nothing has been allocated and given back yet.
     let (mut memory, mut looks, mut writes, mut reads) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let duration = Duration::from_secs(arguments.seconds);
     let rows = arguments.writers.len() + arguments.readers.len() * Policy::ALL.len();
@@ -108,7 +107,9 @@ pub(crate) async fn measure(arguments: &Arguments) {
     }
     progress.finish_and_clear();
     println!("{}", writes::table(&writes));
-    println!("{KEYS} keys of 8 bytes, values of {VALUE_BYTES} bytes, each on the disks of a majority before its answer\n");
+    println!(
+        "{KEYS} keys of 8 bytes, values of {VALUE_BYTES} bytes, each on the disks of a majority before its answer\n"
+    );
     println!("{}", reads::table(&reads));
     println!(
         "linearizable reads are all timed, of the others one in {}; each time has a look at the clock in it: {:.0} ns\n",
@@ -116,7 +117,10 @@ pub(crate) async fn measure(arguments: &Arguments) {
         clock_nanoseconds()
     );
     println!("{}\n", look_table(&looks));
-    println!("{}\n", memory_table(&memory));
+    println!("{}", memory_table(&memory));
+    println!(
+        "a second row begins with what the first run left with the allocator; --processes 3 is a run of its own\n"
+    );
     if arguments.starts > 0 {
         println!("{}\n", starts(arguments).await);
     }
@@ -151,7 +155,8 @@ async fn look(processes: u32, engine: &EmbeddedEngine) -> Vec<Looks> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut rows = Vec::new();
     for threads in if cores > 1 { vec![1, cores] } else { vec![1] } {
-        for (name, look) in [("is_leader()", is_leader as fn(&EmbeddedEngine) -> bool), ("leader_info()", knows_leader)] {
+        for (name, look) in [("is_leader()", is_leader as fn(&EmbeddedEngine) -> bool), ("leader_info()", knows_leader)]
+        {
             let timed = |engine: EmbeddedEngine| {
                 move || {
                     let began = Instant::now();
@@ -191,7 +196,8 @@ fn look_table(looks: &[Looks]) -> Table {
 }
 
 fn memory_table(memory: &[Memory]) -> Table {
-    let mut table = table(&["resident MiB", "before start", "ready", "with the keys", "each other process, with the keys"]);
+    let mut table =
+        table(&["resident MiB", "before start", "ready", "with the keys", "each other process, with the keys"]);
     let mib = |bytes: u64| format!("{:.1}", bytes as f64 / f64::from(1 << 20));
     for row in memory {
         let peers: Vec<String> = row.peers.iter().map(|bytes| mib(*bytes)).collect();
