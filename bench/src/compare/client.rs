@@ -1,9 +1,16 @@
 //! What the load asks for, the same of both systems.
 
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use d_engine_client::{Client, Compare, Consistency, KeyRange, Op, Txn};
 
+use d_engine_tests::wait;
+
 use super::etcd::EtcdClient;
+
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// One operation of a workload.
 #[derive(Clone, Debug)]
@@ -46,6 +53,20 @@ impl AnyClient {
         match self {
             Self::DEngine(client) => call_d_engine(client, call).await,
             Self::Etcd(client) => client.call(call).await,
+        }
+    }
+}
+
+impl AnyClient {
+    /// Makes a call again and again until it succeeds: on a busy machine a cluster is without a leader for a moment.
+    ///
+    /// # Panics
+    /// When it does not; the message has the last error.
+    pub(crate) async fn insist(&self, call: Call) {
+        let began = Instant::now();
+        while let Err(error) = self.call(call.clone()).await {
+            assert!(began.elapsed() < wait::PATIENCE, "gave up after {:?}: {error}", wait::PATIENCE);
+            tokio::time::sleep(PAUSE).await;
         }
     }
 }

@@ -33,7 +33,7 @@ pub(crate) async fn fill(servers: &mut Servers, keys: u64) -> Sample {
                     return;
                 }
                 let put = Call::Put { key: key(number), value: value.clone() };
-                client.call(put).await.expect("a healthy cluster accepts a put");
+                client.insist(put).await;
             }
         });
     }
