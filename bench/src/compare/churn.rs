@@ -38,7 +38,7 @@ pub(crate) async fn measure(system: &System, duration: Duration) -> Vec<Moment> 
             loop {
                 pace.tick().await;
                 let put = Call::Put { key: key(fastrand::u64(..KEYS)), value: value.clone() };
-                assert!(client.call(put).await, "a healthy cluster accepts a put");
+                client.insist(put).await;
             }
         });
     }

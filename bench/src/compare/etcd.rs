@@ -17,7 +17,7 @@ use d_engine_tests::wait;
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint};
 
-use super::client::Call;
+use super::client::{Call, expected};
 use api::{compare, kv_client::KvClient, lease_client::LeaseClient, maintenance_client::MaintenanceClient};
 
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]
@@ -193,19 +193,22 @@ pub(crate) struct EtcdClient {
 }
 
 impl EtcdClient {
-    /// Makes a call, and says whether it succeeded with the answer that was to be expected.
-    pub(crate) async fn call(&self, call: Call) -> bool {
+    /// Makes a call.
+    ///
+    /// # Errors
+    /// When it fails, or is answered with something else than was to be expected.
+    pub(crate) async fn call(&self, call: Call) -> Result<(), String> {
         let mut leader = KvClient::new(self.leader.clone());
-        match call {
-            Call::Put { key, value } => leader.put(put(key, value)).await.is_ok(),
+        let as_expected = match call {
+            Call::Put { key, value } => leader.put(put(key, value)).await.map(|_| true),
             Call::Get { key, consistency: Consistency::Eventual } => {
                 let request = api::RangeRequest { key, serializable: true, ..api::RangeRequest::default() };
-                KvClient::new(self.any().clone()).range(request).await.is_ok_and(|answer| has(&answer, 1))
+                KvClient::new(self.any().clone()).range(request).await.map(|answer| has(&answer, 1))
             }
             // There are no lease reads in etcd.
             Call::Get { key, .. } => {
                 let request = api::RangeRequest { key, ..api::RangeRequest::default() };
-                leader.range(request).await.is_ok_and(|answer| has(&answer, 1))
+                leader.range(request).await.map(|answer| has(&answer, 1))
             }
             Call::CompareAndPut { key, value } => {
                 let exists = api::Compare {
@@ -217,14 +220,15 @@ impl EtcdClient {
                 let put = api::request_op::Request::RequestPut(put(key, value));
                 let success = vec![api::RequestOp { request: Some(put) }];
                 let request = api::TxnRequest { compare: vec![exists], success, failure: Vec::new() };
-                leader.txn(request).await.is_ok_and(|answer| answer.get_ref().succeeded)
+                leader.txn(request).await.map(|answer| answer.get_ref().succeeded)
             }
             Call::Range { from, end, limit } => {
                 let limit_wanted = i64::try_from(limit).unwrap_or(i64::MAX);
                 let request = api::RangeRequest { key: from, range_end: end, limit: limit_wanted, serializable: false };
-                leader.range(request).await.is_ok_and(|answer| has(&answer, limit))
+                leader.range(request).await.map(|answer| has(&answer, limit))
             }
-        }
+        };
+        expected(as_expected.map_err(|status| status.to_string())?)
     }
 
     /// A put to any member, which must answer within `patience`.

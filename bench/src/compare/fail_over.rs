@@ -80,7 +80,7 @@ async fn put_forever(client: AnyClient, kill: Arc<Kill>) {
         let began = micros(kill.epoch.elapsed());
         let (key, value) = (key(fastrand::u64(..KEYS)), value.clone());
         let succeeded = match &client {
-            AnyClient::DEngine(_) => client.call(Call::Put { key, value }).await,
+            AnyClient::DEngine(_) => client.call(Call::Put { key, value }).await.is_ok(),
             AnyClient::Etcd(client) => client.put_anywhere(key, value, ETCD_PATIENCE).await,
         };
         if !succeeded {

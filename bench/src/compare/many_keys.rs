@@ -33,7 +33,7 @@ pub(crate) async fn fill(servers: &mut Servers, keys: u64) -> Sample {
                     return;
                 }
                 let put = Call::Put { key: key(number), value: value.clone() };
-                assert!(client.call(put).await, "a healthy cluster accepts a put");
+                client.insist(put).await;
             }
         });
     }
@@ -55,7 +55,7 @@ pub(crate) async fn restart(servers: &mut Servers) -> Sample {
     let client = servers.client().await;
     wait::until("a linearizable read", wait::PATIENCE, || async {
         let get = Call::Get { key: key(0), consistency: Consistency::Linearizable };
-        client.call(get).await.then_some(())
+        client.call(get).await.ok()
     })
     .await;
     let took = micros(began.elapsed()) as f64;

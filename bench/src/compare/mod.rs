@@ -236,7 +236,7 @@ impl Round {
         let (client, next) = (servers.client().await, workload.calls());
         let call = move || {
             let (client, call) = (client.clone(), next());
-            async move { client.call(call).await }
+            async move { client.call(call).await.is_ok() }
         };
         let load = callers::load(&servers.ids(), callers, self.row / WARM_UP, self.row, call).await;
         if load.errors > 0 {

@@ -242,7 +242,10 @@ mod tests {
         Sample { ops_per_s, p50_us, p99_us: 2.0 * p50_us, rss_mib: 10.0, cpu_us_per_op: 5.0 }
     }
 
-    fn report(rows: &[(Point, [&[(f64, f64)]; 3])]) -> Report {
+    /// Operations per second and microseconds, round by round, of three systems.
+    type Rounds<'a> = [&'a [(f64, f64)]; 3];
+
+    fn report(rows: &[(Point, Rounds<'_>)]) -> Report {
         let mut report = Report::new(["d-engine", "etcd 3.4", "etcd 3.7"].map(str::to_owned).to_vec());
         for (point, systems) in rows {
             for (system, samples) in systems.iter().enumerate() {
