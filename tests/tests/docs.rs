@@ -52,7 +52,7 @@ fn every_configuration_shown_is_accepted() {
             checked += 1;
         }
     }
-    for example in ["three-nodes-standalone", "three-nodes-cluster", "three-nodes-embedded"] {
+    for example in ["three-nodes-standalone", "three-nodes-cluster", "three-nodes-embedded", "single-node-expansion"] {
         for node in 1..=3 {
             let path = root().join(format!("examples/{example}/config/n{node}.toml"));
             accepts(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

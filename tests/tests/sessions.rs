@@ -39,6 +39,14 @@ fn the_sessions_of_the_guides_are_true() {
     }
 }
 
+/// The guide's own commands, on the configurations of the example.
+#[test]
+fn the_session_of_scaling_one_to_three_is_true() {
+    let directory = tempfile::tempdir().unwrap();
+    copy("single-node-expansion", directory.path());
+    is_true("docs/scaling-one-to-three.md", directory.path());
+}
+
 /// Copies an example, so that the tree stays as it is, without what a run has left there.
 fn copy(example: &str, to: &Path) {
     let source = root().join("examples").join(example).join(".");
