@@ -88,7 +88,7 @@ pub mod prelude {
         consensus::LeaderInfo,
         embedded::{
             EmbeddedClient, EmbeddedEngine, EmbeddedError, EventReceiver, LocalClientError, LocalKvClient,
-            WatchReceiver, WatchRequest,
+            SnapshotWatch, WatchReceiver, WatchRequest,
         },
         engine::Engine,
         node::{Node, NodeBuilder, NodeError},

@@ -1,5 +1,6 @@
 //! Engines embedded in the test's own process, and what an application in another process says of its leadership.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -141,8 +142,10 @@ pub async fn shows(client: &EmbeddedClient, key: &str, value: &str) {
 
 /// For how long an application in a process of its own believed to lead in a term, by the monotonic clock that all
 /// processes of a machine share: it was sure to believe so by `first`, and again at some time after `last`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claim {
+    /// What it believed: one of [`IS_LEADER`](Self::IS_LEADER), [`NOTIFIER`](Self::NOTIFIER), [`LEASE`](Self::LEASE).
+    pub by: String,
     /// The term.
     pub term: u64,
     /// When the first look that said so had ended.
@@ -152,19 +155,27 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// `is_leader()`.
+    pub const IS_LEADER: &str = "is_leader";
+    /// What the notifier holds. A process that was paused finds it as it was, for a moment.
+    pub const NOTIFIER: &str = "notifier";
+    /// A read under the lease that was answered.
+    pub const LEASE: &str = "lease";
+
     /// As a line of the application's output.
     #[must_use]
     pub fn line(&self) -> String {
-        format!("claim {} {} {}", self.term, self.first.as_nanos(), self.last.as_nanos())
+        format!("claim {} {} {} {}", self.by, self.term, self.first.as_nanos(), self.last.as_nanos())
     }
 
     /// The claims in an application's output.
     pub fn all(output: &str) -> impl Iterator<Item = Self> + '_ {
         output.lines().filter_map(|line| {
-            let mut numbers = line.strip_prefix("claim ")?.split(' ').map_while(|number| number.parse::<u64>().ok());
+            let (by, numbers) = line.strip_prefix("claim ")?.split_once(' ')?;
+            let mut numbers = numbers.split(' ').map_while(|number| number.parse::<u64>().ok());
             let term = numbers.next()?;
             let [first, last] = [numbers.next()?, numbers.next()?].map(Duration::from_nanos);
-            Some(Self { term, first, last })
+            Some(Self { by: by.to_owned(), term, first, last })
         })
     }
 
@@ -172,6 +183,20 @@ impl Claim {
     #[must_use]
     pub fn outlives(&self, successor: &Self) -> bool {
         self.term < successor.term && self.last > successor.first
+    }
+
+    /// Makes sure that no two of these believed to lead at a time, and that the lead has changed `changes` times at least.
+    ///
+    /// # Panics
+    /// When it is not so.
+    pub fn check(claims: &[Self], changes: usize) {
+        let terms: BTreeSet<u64> = claims.iter().map(|claim| claim.term).collect();
+        assert!(terms.len() > changes, "hardly anybody led: {claims:?}");
+        for claim in claims {
+            for other in claims {
+                assert!(!claim.outlives(other), "two believed to lead: {claim:?} and {other:?}");
+            }
+        }
     }
 }
 
@@ -181,8 +206,10 @@ mod tests {
 
     #[test]
     fn a_claim_after_its_successor_is_found_and_one_before_is_not() {
-        let claim =
-            |term, first, last| Claim { term, first: Duration::from_nanos(first), last: Duration::from_nanos(last) };
+        let claim = |term, first, last| {
+            let [first, last] = [first, last].map(Duration::from_nanos);
+            Claim { by: Claim::LEASE.to_owned(), term, first, last }
+        };
         let text = [claim(3, 10, 20).line(), "something else".to_owned(), claim(5, 30, 40).line()].join("\n");
         let claims: Vec<_> = Claim::all(&text).collect();
         assert_eq!(claims, [claim(3, 10, 20), claim(5, 30, 40)]);

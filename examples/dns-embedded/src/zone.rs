@@ -36,15 +36,13 @@ impl Zone {
 
     /// Reads the zone as this node has it, and returns the changes from there on.
     pub(crate) async fn load(&self, client: &EmbeddedClient) -> Result<WatchReceiver, LocalClientError> {
-        // Watch first, list then: nothing falls between the two, and what comes twice ends the same.
-        let changes = client.watch_prefix(PREFIX).await?;
-        let listed = client.scan_prefix(PREFIX).await?;
+        let listed = client.watch_from_snapshot(WatchRequest::prefix(PREFIX)).await?;
         let mut sets = vec![self.authority()];
-        sets.extend(listed.iter().filter_map(|(key, value)| self.understand(key, Some(value))?.1));
+        sets.extend(listed.pairs.iter().filter_map(|(key, value)| self.understand(key, Some(value))?.1));
         let mut records = self.answers.records_mut().await;
         records.clear();
         records.extend(sets.into_iter().map(|set| (key_of(&set), Arc::new(set))));
-        Ok(changes)
+        Ok(listed.watch)
     }
 
     /// Applies the changes as they come, until the engine stops. They also come while there is no quorum, only then there

@@ -8,6 +8,7 @@ use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::FutureExt;
 use tokio::sync::watch;
@@ -22,17 +23,25 @@ tokio::task_local! {
 /// The failure of one node, while there is none. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Poison {
-    failure: Arc<watch::Sender<Option<StartError>>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Whether there is a failure, for those who look all the time: every read of an embedded client.
+    failed: AtomicBool,
+    failure: watch::Sender<Option<StartError>>,
 }
 
 impl Poison {
     /// Makes `reason` the node's failure, unless it has failed before.
     pub fn fail(&self, reason: StartError) {
-        self.failure.send_if_modified(|failure| {
+        self.shared.failure.send_if_modified(|failure| {
             let first = failure.is_none();
             if first {
                 tracing::error!(%reason, "the node cannot go on");
                 *failure = Some(reason);
+                self.shared.failed.store(true, Ordering::Release);
             }
             first
         });
@@ -41,7 +50,13 @@ impl Poison {
     /// Follows the failure.
     #[must_use]
     pub fn failure(&self) -> watch::Receiver<Option<StartError>> {
-        self.failure.subscribe()
+        self.shared.failure.subscribe()
+    }
+
+    /// Whether there is a failure. Takes no lock.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Acquire)
     }
 
     /// Runs `future`; its panic is the node's failure, under the name `task`.

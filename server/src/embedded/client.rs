@@ -1,15 +1,16 @@
 //! What an application asks its embedded engine.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
-use d_engine_proto::TimeToLive;
 use d_engine_proto::v1::{self, Consistency};
+use d_engine_proto::{ErrorCode, TimeToLive};
 
 use super::watch::after_prefix;
-use super::{EventReceiver, LocalClientError, WatchReceiver, WatchRequest};
+use super::{EventReceiver, LocalClientError, SnapshotWatch, WatchReceiver, WatchRequest};
+use crate::consensus::{Poison, StartError};
 use crate::engine::{CustomEngine, Deadline, Engine, EngineError};
 use crate::node::Door;
 
@@ -19,6 +20,9 @@ pub type LocalKvClient = EmbeddedClient;
 const NOT_THE_STORE: &str = "this engine runs a state machine of the application's own; use propose and query";
 const THE_STORE: &str = "this engine runs the key-value store; use put, get and their like";
 
+/// How often a list is read anew because its revision was compacted before the watch began.
+const ATTEMPTS: u32 = 5;
+
 /// Asks the engine in the same process: reads from its memory, writes into its log.
 ///
 /// Keys and values go in as anything that is bytes, and come out as [`Bytes`] that share the engine's memory. A call
@@ -26,37 +30,53 @@ const THE_STORE: &str = "this engine runs the key-value store; use put, get and 
 /// not lead is not forwarded; see [`LocalClientError::NotLeader`]. Dropping the future of a call abandons it: a write
 /// may have taken effect then.
 ///
-/// It outlives its engine, and answers [`LocalClientError::Stopped`] then.
+/// It outlives its engine, and answers [`LocalClientError::Stopped`] then; or [`LocalClientError::Failed`], from the
+/// moment that the node meets a fault it cannot go on with. So does every call, eventual reads included.
 pub struct EmbeddedClient {
     /// `None` once the engine has stopped.
     door: ArcSwapOption<Door>,
+    /// What it says without a door.
+    closed: OnceLock<LocalClientError>,
+    /// The node's; it keeps nothing else of it.
+    poison: Poison,
     call_timeout: Duration,
 }
 
 impl EmbeddedClient {
     pub(super) fn new(door: Door, call_timeout: Duration) -> Self {
-        Self { door: ArcSwapOption::from_pointee(door), call_timeout }
+        let poison = door.consensus().poison().clone();
+        Self { door: ArcSwapOption::from_pointee(door), closed: OnceLock::new(), poison, call_timeout }
     }
 
-    /// Lets go of the engine.
-    pub(super) fn close(&self) {
+    /// Lets go of the engine, for the first reason that is given.
+    pub(super) fn close(&self, reason: LocalClientError) {
+        self.closed.get_or_init(|| reason);
         self.door.store(None);
     }
 
     pub(super) fn door(&self) -> Result<Arc<Door>, LocalClientError> {
-        self.door.load_full().ok_or(LocalClientError::Stopped)
+        match self.door.load_full() {
+            None => Err(self.closed.get().cloned().unwrap_or(LocalClientError::Stopped)),
+            Some(_) if self.poison.has_failed() => Err(LocalClientError::failed(&self.poison)),
+            Some(door) => Ok(door),
+        }
+    }
+
+    /// What the node cannot go on with, if there is something.
+    pub(super) fn failure(&self) -> Option<StartError> {
+        self.poison.failure().borrow().clone()
     }
 
     /// Whether this node leads, by the clock of this moment.
     pub(super) fn is_leader(&self) -> bool {
-        self.door.load().as_ref().is_some_and(|door| door.consensus().is_leader())
+        !self.poison.has_failed() && self.door.load().as_ref().is_some_and(|door| door.consensus().is_leader())
     }
 
     /// Everything the engine can do with its key-value store, as messages of the protocol: transactions, leases, reads at
     /// past revisions, members, status.
     ///
     /// # Errors
-    /// [`LocalClientError::Stopped`] and [`LocalClientError::Unsupported`].
+    /// [`LocalClientError::Stopped`], [`LocalClientError::Failed`] and [`LocalClientError::Unsupported`].
     pub fn engine(&self) -> Result<Engine, LocalClientError> {
         match &*self.door()? {
             Door::Kv(engine) => Ok(engine.clone()),
@@ -159,7 +179,9 @@ impl EmbeddedClient {
     }
 
     async fn get_with(&self, key: &[u8], consistency: Consistency) -> Result<Option<Bytes>, LocalClientError> {
-        if let Some(Door::Kv(engine)) = self.door.load().as_deref() {
+        if !self.poison.has_failed()
+            && let Some(Door::Kv(engine)) = self.door.load().as_deref()
+        {
             match engine.value_now(key, consistency) {
                 Ok(Some(found)) => return Ok(found),
                 Ok(None) => {}
@@ -195,7 +217,7 @@ impl EmbeddedClient {
     pub async fn scan_prefix(&self, prefix: impl AsRef<[u8]>) -> Result<Vec<(Bytes, Bytes)>, LocalClientError> {
         let (start, end) = (Bytes::copy_from_slice(prefix.as_ref()), after_prefix(prefix.as_ref()));
         let scan = async |engine: &Engine, deadline| engine.pairs(start, end, Consistency::Unspecified, deadline).await;
-        self.on_store("scan_prefix", scan).await
+        Ok(self.on_store("scan_prefix", scan).await?.1)
     }
 
     /// Deletes a key. One that does not exist is no error.
@@ -253,6 +275,60 @@ impl EmbeddedClient {
         let WatchRequest(create) = request.into();
         let watch = self.on_store("watch", async |engine, _| engine.watch(&create)).await?;
         Ok(EventReceiver::new(watch))
+    }
+
+    /// Reads the keys that a watch is of, all at one revision, by the policy of [`get`](Self::get); and watches them from
+    /// the next revision on: nothing that happens in between is missed. What a cache needs. Takes a key, or a
+    /// [`WatchRequest`], of which [`from`](WatchRequest::from) has no meaning here.
+    ///
+    /// When the watch ends for another reason than that the engine does, the cache is begun anew the same way.
+    ///
+    /// ```
+    /// use d_engine_server::embedded::{EmbeddedEngine, WatchEvent, WatchRequest};
+    /// use std::collections::BTreeMap;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let directory = tempfile::tempdir()?;
+    /// # let file = directory.path().join("node.toml");
+    /// # std::fs::write(&file, format!("[cluster]\ndb_root_dir = {:?}", directory.path().join("db")))?;
+    /// # let engine = EmbeddedEngine::start_with(&file).await?;
+    /// # engine.wait_ready(std::time::Duration::from_secs(5)).await?;
+    /// # let client = engine.client();
+    /// client.put("services/a", "10.0.0.1:80").await?;
+    /// let mut services = client.watch_from_snapshot(WatchRequest::prefix("services/")).await?;
+    /// let mut cache: BTreeMap<_, _> = services.pairs.into_iter().collect();
+    /// client.put("services/b", "10.0.0.2:80").await?;
+    /// match services.watch.recv().await {
+    ///     Some(WatchEvent::Put(key, value)) => drop(cache.insert(key, value)),
+    ///     Some(WatchEvent::Delete(key)) => drop(cache.remove(&key)),
+    ///     None => println!("the watch ended: {:?}", services.watch.end_reason()),
+    /// }
+    /// assert_eq!(cache.len(), 2);
+    /// # engine.stop().await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`watch`](Self::watch); `Compacted` if the history is compacted faster than the keys can be read, time and again.
+    pub async fn watch_from_snapshot(
+        &self,
+        request: impl Into<WatchRequest>,
+    ) -> Result<SnapshotWatch, LocalClientError> {
+        let request = request.into();
+        let v1::KeyRange { start, end } = request.0.range.clone().unwrap_or_default();
+        let list = async |engine: &Engine, deadline| {
+            engine.pairs(start.clone(), end.clone(), Consistency::Unspecified, deadline).await
+        };
+        let mut attempts = 1;
+        loop {
+            let (revision, pairs) = self.on_store("watch_from_snapshot", &list).await?;
+            match self.watch_events(request.clone().from(revision.next())).await {
+                Ok(events) => return Ok(SnapshotWatch { revision, pairs, watch: WatchReceiver(events) }),
+                Err(error) if error.code() == ErrorCode::Compacted && attempts < ATTEMPTS => attempts += 1,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Replicates a command of an application's own state machine and returns its answer.

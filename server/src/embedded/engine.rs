@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::{EmbeddedClient, EmbeddedError};
+use super::{EmbeddedClient, EmbeddedError, LocalClientError};
 use crate::config::RaftNodeConfig;
 use crate::consensus::LeaderInfo;
-use crate::node::{NodeBuilder, StateMachineHandle, StorageHandle};
+use crate::node::{NodeBuilder, NodeError, StateMachineHandle, StorageHandle};
 
 /// A node inside this process. Clones share it.
 ///
@@ -125,13 +125,16 @@ impl EmbeddedEngine {
             let closing = async {
                 // A sender that is gone asks for the same.
                 let _ = told_to_stop.wait_for(|stop| *stop).await;
-                served.close();
+                served.close(LocalClientError::Stopped);
             };
             let result = node.run_until(closing).await;
-            served.close();
-            if let Err(error) = &result {
-                tracing::error!(%error, "the embedded engine cannot go on");
-            }
+            served.close(match &result {
+                Ok(()) => LocalClientError::Stopped,
+                Err(error) => {
+                    tracing::error!(%error, "the embedded engine cannot go on");
+                    LocalClientError::Failed { reason: error.to_string() }
+                }
+            });
             ending.send_replace(Some(result.map_err(EmbeddedError::from)));
         });
         Ok(Self { inner: Arc::new(Inner { node_id, client, leader, stop, ended }) })
@@ -156,11 +159,12 @@ impl EmbeddedEngine {
             None
         };
         match tokio::time::timeout(timeout, ready).await {
-            Ok(Some(leader)) if !*self.inner.stop.borrow() => Ok(leader),
-            Ok(_) => match &*self.inner.ended.borrow() {
-                Some(Err(error)) => Err(error.clone()),
-                _ => Err(EmbeddedError::Stopped),
-            },
+            Ok(Some(leader)) if !*self.inner.stop.borrow() && self.inner.client.failure().is_none() => Ok(leader),
+            Ok(_) => Err(match (&*self.inner.ended.borrow(), self.inner.client.failure()) {
+                (Some(Err(error)), _) => error.clone(),
+                (None, Some(failure)) if !*self.inner.stop.borrow() => NodeError::from(failure).into(),
+                _ => EmbeddedError::Stopped,
+            }),
             Err(_) => {
                 let problem = self.inner.client.door().ok().and_then(|door| door.problem());
                 Err(EmbeddedError::NotReady { waited: timeout, problem: problem.unwrap_or_else(|| "it stops".into()) })
@@ -177,7 +181,7 @@ impl EmbeddedEngine {
     }
 
     /// Whether this node leads, and its lease is valid at this very moment. Costs a look at the clock: a process that was
-    /// paused never answers true on a lease that has ended meanwhile.
+    /// paused never answers true on a lease that has ended meanwhile, and a node that cannot go on never does.
     #[must_use]
     pub fn is_leader(&self) -> bool {
         self.inner.client.is_leader()
@@ -201,7 +205,7 @@ impl EmbeddedEngine {
         self.inner.node_id
     }
 
-    /// Stops the node: from here on its clients answer [`LocalClientError::Stopped`](super::LocalClientError::Stopped);
+    /// Stops the node: from here on its clients answer [`LocalClientError::Stopped`];
     /// leadership is handed over, everything is made durable, and the data directories are free again when this
     /// returns. Calling it again, on any clone, waits for the same end. Dropping the future does not take it back.
     ///
@@ -229,7 +233,7 @@ impl Drop for Inner {
                 node = self.node_id,
                 "the embedded engine is dropped without stop(): it stops in the background, without a wait for it"
             );
-            self.client.close();
+            self.client.close(LocalClientError::Stopped);
             self.stop.send_replace(true);
         }
     }

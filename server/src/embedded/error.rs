@@ -6,7 +6,7 @@ use std::time::Duration;
 use d_engine_proto::{ErrorCode, NodeId, v1};
 
 use crate::config::ConfigError;
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, Poison};
 use crate::engine::EngineError;
 use crate::node::{Door, NodeError};
 
@@ -76,6 +76,13 @@ pub enum LocalClientError {
     /// The engine was stopped, or every handle on it dropped; the call was not applied.
     #[error("the engine is stopped; start another one")]
     Stopped,
+    /// The node met a fault that it cannot go on with, such as a failing disk; the call was not applied.
+    /// [`stop`](super::EmbeddedEngine::stop) gives the fault.
+    #[error("the engine cannot go on: {reason}")]
+    Failed {
+        /// The fault, and what to do about it.
+        reason: String,
+    },
     /// The engine's state machine has no such operation; the call was not applied.
     #[error("{operation} is not supported: {remedy}")]
     Unsupported {
@@ -128,7 +135,7 @@ impl LocalClientError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::NotLeader { .. } => ErrorCode::NotLeader,
-            Self::NotReady { .. } | Self::Stopped => ErrorCode::Unavailable,
+            Self::NotReady { .. } | Self::Stopped | Self::Failed { .. } => ErrorCode::Unavailable,
             Self::Unsupported { .. } => ErrorCode::Unsupported,
             Self::Engine(error) => ErrorCode::from_number(error.detail().code).unwrap_or(ErrorCode::Internal),
         }
@@ -147,11 +154,22 @@ impl LocalClientError {
     pub(super) fn explain(error: EngineError, door: &Door) -> Self {
         let formed = door.consensus().cluster_id().is_some();
         match error {
+            EngineError::NotLeader { .. } | EngineError::Unavailable { .. }
+                if door.consensus().poison().has_failed() =>
+            {
+                Self::failed(door.consensus().poison())
+            }
             EngineError::NotLeader { .. } if !formed => Self::not_ready(door),
             EngineError::NotLeader { hint, .. } => Self::not_leader(hint, door.consensus()),
             EngineError::Unavailable { reason, .. } => Self::NotReady { problem: reason },
             error => Self::Engine(error),
         }
+    }
+
+    /// What a node says that has failed.
+    pub(super) fn failed(poison: &Poison) -> Self {
+        let reason = poison.failure().borrow().as_ref().map_or_else(String::new, ToString::to_string);
+        Self::Failed { reason }
     }
 
     fn not_ready(door: &Door) -> Self {

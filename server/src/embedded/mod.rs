@@ -19,4 +19,4 @@ pub use client::{EmbeddedClient, LocalKvClient};
 pub use d_engine_proto::{TimeToLive, WatchEvent};
 pub use engine::EmbeddedEngine;
 pub use error::{EmbeddedError, LocalClientError};
-pub use watch::{EventReceiver, WatchReceiver, WatchRequest};
+pub use watch::{EventReceiver, SnapshotWatch, WatchReceiver, WatchRequest};

@@ -141,6 +141,16 @@ impl WatchReceiver {
     }
 }
 
+/// The keys of a watch as they were at one revision, and what happens to them from then on.
+pub struct SnapshotWatch {
+    /// The revision of the keys.
+    pub revision: Revision,
+    /// Every key with its value at that revision, in byte order.
+    pub pairs: Vec<(Bytes, Bytes)>,
+    /// Every change after that revision.
+    pub watch: WatchReceiver,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@
 //! an eventual read only the latter.
 
 use bytes::Bytes;
-use d_engine_proto::v1;
+use d_engine_proto::{Revision, v1};
 
 use super::expiry::is_due;
 use super::{Deadline, Engine, EngineError};
@@ -42,15 +42,17 @@ impl Engine {
         self.read_store(consistency, deadline, |store| store.value(key)).await
     }
 
-    /// Every key from `start` to, but without, `end` (empty: to the last) with its value, all of one revision.
+    /// Every key from `start` to, but without, `end` (empty: to the last) with its value, and the one revision that they
+    /// are of.
     pub(crate) async fn pairs(
         &self,
         start: Bytes,
         end: Bytes,
         consistency: v1::Consistency,
         deadline: Deadline,
-    ) -> Result<Vec<(Bytes, Bytes)>, EngineError> {
-        self.read_store(consistency, deadline, |store| store.pairs(start.clone(), end.clone())).await
+    ) -> Result<(Revision, Vec<(Bytes, Bytes)>), EngineError> {
+        let read = |store: &Store| (store.revision(), store.pairs(start.clone(), end.clone()));
+        self.read_store(consistency, deadline, read).await
     }
 
     async fn read_store<T>(
