@@ -56,7 +56,7 @@ COMPARE = $(CARGO_TARGET_DIR)/debug/d-engine-compare --etcd etcd --etcd $(ETCD) 
 bench: setup-bench $(ETCD) build ## Measures beside etcd; writes bench/report.json and docs/etcd.svg; more by ARGS="--churn-seconds 3600"
 	@$(COMPARE) --picture docs/etcd.svg $(ARGS)
 
-bench-quick: setup-bench $(ETCD) build ## The same in less than five minutes, without what takes long; no picture
+bench-quick: setup-bench $(ETCD) build ## The same, meant for less than five minutes: shorter, no million keys, no picture
 	@$(COMPARE) --rounds 3 --seconds 0.5 --kills 1 --keys 0 $(ARGS)
 
 $(ETCD): bench/etcd/main.go bench/etcd/go.mod bench/etcd/go.sum

@@ -1,8 +1,7 @@
 //! A cluster of etcd servers as real processes, and what the measurements ask of it.
 //!
 //! The stubs are generated from etcd's own protocol (`bench/proto/etcd.proto`) and used as a client library would use
-//! them: one connection to each member, writes and linearizable reads sent to the leader, so that none pays for being
-//! passed on. etcd runs with its default settings, but for a larger quota.
+//! them: one connection to each member, writes and linearizable reads sent to the leader, so that none is passed on. etcd runs with its default settings, but for a larger quota.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};

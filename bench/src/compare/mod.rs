@@ -168,7 +168,7 @@ impl Round {
         let each = START + loads + round.other_time() * 2 + round.kills_time();
         let all = each * arguments.rounds + round.keys_time() + round.churn;
         round.progress = ProgressBar::new(millis(all) * systems as u64);
-        let style = ProgressStyle::with_template("{wide_bar} {percent} %, {eta} left: {msg}");
+        let style = ProgressStyle::with_template("{wide_bar} {percent} % {msg}");
         round.progress.set_style(style.expect("a valid template"));
         round.progress.enable_steady_tick(Duration::from_secs(1));
         round
@@ -192,11 +192,18 @@ impl Round {
 
     /// Says what is measured next, where nobody sees a bar on a line of its own.
     fn begin(&self, system: &System, what: &str) {
-        let message = format!("{}, {what}", system.name());
+        let message = format!("{}, {what}; about {} s left", system.name(), self.left().as_secs());
         if self.progress.is_hidden() {
-            eprintln!("{message}; about {} s left", self.progress.eta().as_secs());
+            eprintln!("{message}");
         }
         self.progress.set_message(message);
+    }
+
+    /// By how long what is done has taken; the bar's own guess goes by its last steps, of which no two are alike.
+    fn left(&self) -> Duration {
+        let (done, all) = (self.progress.position(), self.progress.length().unwrap_or(0));
+        let left = all.saturating_sub(done);
+        if done == 0 { Duration::from_millis(left) } else { self.progress.elapsed().mul_f64(left as f64 / done as f64) }
     }
 
     fn done(&self, expected: Duration) {
@@ -239,13 +246,17 @@ impl Round {
             async move { client.call(call).await.is_ok() }
         };
         let load = callers::load(&servers.ids(), callers, self.row / WARM_UP, self.row, call).await;
-        if load.errors > 0 {
-            self.progress.suspend(|| eprintln!("{} with {callers} callers: {} failed", workload.name(), load.errors));
+        let (done, what) = (load.latencies_us.len(), workload.name());
+        if done == 0 || load.errors > 0 {
+            self.progress.suspend(|| eprintln!("{what} with {callers} callers: {done} done, {} failed", load.errors));
         }
+        // Nothing done has no latency.
+        let quantile =
+            |quantile| if done == 0 { f64::NAN } else { load.latencies_us.value_at_quantile(quantile) as f64 };
         Sample {
             ops_per_s: load.per_second,
-            p50_us: load.latencies_us.value_at_quantile(0.5) as f64,
-            p99_us: load.latencies_us.value_at_quantile(0.99) as f64,
+            p50_us: quantile(0.5),
+            p99_us: quantile(0.99),
             rss_mib: mib(load.resident),
             cpu_us_per_op: load.servers_cpu_us,
         }

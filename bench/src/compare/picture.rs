@@ -10,6 +10,8 @@ use super::target::{Figure, figure};
 
 const WIDTH: u32 = 1100;
 const ROW_HEIGHT: u32 = 34;
+/// What is worse, or as much better, is drawn as if it were this.
+const LEAST: f64 = 0.001;
 const COLOURS: [RGBColor; 3] = [RGBColor(55, 126, 184), RGBColor(255, 127, 0), RGBColor(77, 175, 74)];
 
 /// Draws the report as an SVG. To the right of 1 is better than etcd: ratios of times and memory are turned round.
@@ -20,7 +22,11 @@ pub(crate) fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn Error>> {
     let rows: Vec<_> = report.ratios().filter(|(_, ratios, _)| ratios.iter().any(Option::is_some)).collect();
     let others = report.others();
     // Turned round where less is better.
-    let better = |point, ratio: f64| if figure(point) == Figure::PerSecond { ratio } else { 1.0 / ratio };
+    let better = |point, ratio: f64| {
+        let times = if figure(point) == Figure::PerSecond { ratio } else { 1.0 / ratio };
+        // An axis of logarithms has no place for nothing.
+        times.clamp(LEAST, 1.0 / LEAST)
+    };
     let every = rows.iter().flat_map(|(point, ratios, target)| {
         let ratios = ratios.iter().flatten().flat_map(|ratio| [ratio.least, ratio.most]);
         ratios.chain(target.map(|target| target.ratio())).map(|ratio| better(*point, ratio))
@@ -75,4 +81,26 @@ pub(crate) fn draw(report: &Report, path: &Path) -> Result<(), Box<dyn Error>> {
     }
     area.present()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::{Point, Sample};
+    use super::*;
+
+    #[test]
+    fn a_picture_names_every_row_even_if_nothing_was_done() {
+        let mut report = Report::new(vec!["d-engine".to_owned(), "etcd 3.7".to_owned()]);
+        for (callers, own) in [(64, 0.0), (1000, 90.0)] {
+            let point = Point { workload: "put", callers };
+            report.add(point, 0, Sample { ops_per_s: own, ..Sample::default() });
+            report.add(point, 1, Sample { ops_per_s: 10.0, ..Sample::default() });
+        }
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        draw(&report, file.path()).expect("it can be written");
+        let picture = std::fs::read_to_string(file.path()).expect("it was written");
+        for text in ["put, 64", "put, 1000", "etcd 3.7", "target"] {
+            assert!(picture.contains(text), "{text} is missing");
+        }
+    }
 }

@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use super::target::{Figure, Target, figure, target};
 
-/// One measurement of one workload on one system. A figure that a workload does not have is zero.
+/// One measurement of one workload on one system. A figure that a workload does not have is zero; a latency of which
+/// there was none to measure is no number, so that who did nothing never looks fast.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sample {
     pub(crate) ops_per_s: f64,
@@ -60,9 +61,9 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` of nothing.
+    /// Of what is a number; `None` if nothing is.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
-        let mut values: Vec<f64> = values.into_iter().collect();
+        let mut values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
         values.sort_unstable_by(f64::total_cmp);
         let middle = values.len() / 2;
         let median = match values.len() {
@@ -136,7 +137,9 @@ impl Report {
             let mut met = true;
             for other in 1..self.systems.len() {
                 let ratio = row.ratio(other);
-                met &= target.zip(ratio).is_none_or(|(target, ratio)| target.is_met(row.own(figure), ratio.median));
+                let is_met =
+                    target.zip(ratio).is_some_and(|(target, ratio)| target.is_met(row.own(figure), ratio.median));
+                met &= is_met || row.samples[other].is_empty();
                 let text = ratio.map_or_else(String::new, |ratio| {
                     format!("{} ({} to {})", times(ratio.median), times(ratio.least), times(ratio.most))
                 });
@@ -294,6 +297,17 @@ mod tests {
             |second: f64| report(&[(PUT, [&[(80.0, 1.0)], &[(10.0, 1.0)], &[(second, 1.0)]])]).table().to_string();
         assert!(table(10.0).contains(" met "), "{}", table(10.0));
         assert!(table(10.1).contains("MISSED"), "{}", table(10.1));
+    }
+
+    #[test]
+    fn who_did_nothing_meets_no_target() {
+        let idle = (0.0, f64::NAN);
+        for systems in [[&[idle][..], &[(5.0, 200.0)], &[]], [&[(5.0, 200.0)], &[idle], &[]]] {
+            for point in [PUT, ALONE] {
+                let table = report(&[(point, systems)]).table().to_string();
+                assert!(!table.contains(" met "), "{table}");
+            }
+        }
     }
 
     #[test]
