@@ -150,6 +150,55 @@ async fn metric_reaches(node: &Node, name: &str, least: u64) {
     wait::until(&what, wait::PATIENCE, || async { (metric(node, name).await >= least).then_some(()) }).await;
 }
 
+/// One of a node's counters; 0 before it has one to show.
+async fn counter(node: &Node, name: &str) -> u64 {
+    let (_, text) = http::get(node.http_address, "/metrics").await.unwrap_or_default();
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map_or(0, |value| value.trim_end_matches(".0").parse().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_was_away_for_long_gets_its_snapshot_through_tls() {
+    let extra = "[raft.snapshot]\nmax_log_entries_before_snapshot = 50\nretained_log_entries = 0\n\
+                 [raft.read_consistency]\nlease_duration_ms = 1500\n";
+    let (mut cluster, pki) = start(3, extra).await;
+    let client = client(&cluster.addresses(), pki.showing("client"));
+    client.put("key", "before").await.unwrap();
+    let away = cluster.leader(&[]).await % 3 + 1;
+    cluster.node_mut(away).stop().await;
+    let left: Vec<u32> = cluster.nodes().iter().map(|node| node.id).filter(|id| *id != away).collect();
+    let missed = counter(cluster.node(left[0]), "d_engine_raft_applied_index").await + 1;
+    // More than one piece of a snapshot.
+    let mut written = 0;
+    wait::until("the log to be purged", wait::PATIENCE, || {
+        written += 1;
+        let put = client.put(format!("large/{}", written % 20), "x".repeat(100_000));
+        let (cluster, left) = (&cluster, &left);
+        async move {
+            put.await.unwrap();
+            for id in left {
+                if counter(cluster.node(*id), "d_engine_raft_purged_index").await < missed {
+                    return None;
+                }
+            }
+            (written > 20).then_some(())
+        }
+    })
+    .await;
+    client.put("key", "after").await.unwrap();
+    cluster.node_mut(away).start();
+    cluster.node_mut(away).ready().await;
+    let node = cluster.node(away);
+    assert!(counter(node, "d_engine_snapshots_installed_total").await > 0, "it got there without a snapshot");
+    assert!(counter(node, "d_engine_snapshot_received_bytes_total").await > 1_000_000, "in many pieces");
+    let found = client.get("key").await.unwrap().into_value();
+    assert_eq!(found.as_deref(), Some(&b"after"[..]));
+    // Alone with one other it has what it got.
+    cluster.node_mut(left[0]).kill();
+    assert_eq!(client.get("large/1").await.unwrap().into_value().map(|value| value.len()), Some(100_000));
+    assert_eq!(client.get("key").await.unwrap().into_value().as_deref(), Some(&b"after"[..]));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_works_over_mutual_tls_also_when_the_leader_is_lost() {
     let (mut cluster, pki) = start(3, "").await;

@@ -35,8 +35,8 @@ pub(super) struct Layout {
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
-    /// Locked, and used to make names durable.
-    handle: File,
+    /// Used to make names durable, too.
+    held: Held,
     sealed: bool,
 }
 
@@ -52,8 +52,8 @@ impl Directory {
             return Err(StorageError::Foreign { path: path.into(), message: "it is a file".into() });
         }
         create_durably(path).map_err(|error| io_error("create directory", path, &error))?;
-        let handle = lock(path)?;
-        let mut directory = Self { path: path.into(), handle, sealed: true };
+        let held = hold(path)?;
+        let mut directory = Self { path: path.into(), held, sealed: true };
         match directory.read_marker(FORMAT)? {
             Some(text) => check_marker(&text, path, layout)?,
             None => {
@@ -66,7 +66,7 @@ impl Directory {
 
     /// Makes the names of the files in it durable.
     pub(super) fn sync_names(&self) -> io::Result<()> {
-        self.handle.sync_all()
+        self.held.0.sync_all()
     }
 
     /// Where it is.
@@ -83,7 +83,7 @@ impl Directory {
     pub(super) fn seal(&mut self) -> Result<(), StorageError> {
         let renamed = fs::rename(self.path.join(FORMAT_NEW), self.path.join(FORMAT));
         renamed
-            .and_then(|()| self.handle.sync_all())
+            .and_then(|()| self.held.0.sync_all())
             .map_err(|error| io_error("complete directory", &self.path, &error))?;
         self.sealed = true;
         Ok(())
@@ -107,7 +107,7 @@ impl Directory {
             let mut file = File::create(self.path.join(FORMAT_NEW))?;
             file.write_all(marker(layout).as_bytes())?;
             file.sync_all()?;
-            self.handle.sync_all()
+            self.held.0.sync_all()
         };
         write().map_err(|error| io_error("write to", &self.path, &error))
     }
@@ -140,11 +140,22 @@ impl Directory {
     }
 }
 
-/// Holds a directory against other processes, and other claims of this one, until the result is dropped.
-pub(super) fn lock(path: &Path) -> Result<File, StorageError> {
+/// A directory that is held against other processes, and other claims of this one, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Held(File);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that is being spawned has copies of all descriptors until its program begins,
+        // and the directory would look taken for so long. The lock itself is theirs and ours; this gives it up.
+        let _ = self.0.unlock();
+    }
+}
+
+pub(super) fn hold(path: &Path) -> Result<Held, StorageError> {
     let handle = File::open(path).map_err(|error| io_error("open directory", path, &error))?;
     match handle.try_lock() {
-        Ok(()) => Ok(handle),
+        Ok(()) => Ok(Held(handle)),
         Err(TryLockError::WouldBlock) => Err(StorageError::Locked { path: path.into() }),
         Err(TryLockError::Error(error)) => Err(io_error("lock directory", path, &error)),
     }
@@ -286,6 +297,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let first = Directory::claim(root.path(), LAYOUT).unwrap();
         assert!(matches!(Directory::claim(root.path(), LAYOUT), Err(StorageError::Locked { .. })));
+        // As a process has that is being spawned.
+        let _copy = first.held.0.try_clone().unwrap();
         drop(first);
         Directory::claim(root.path(), LAYOUT).unwrap();
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use d_engine_client::Client;
+use d_engine_client::{Client, Revision};
 use d_engine_tests::cluster::{Cluster, Node, Shape};
 use d_engine_tests::contenders::{self, Contenders};
 use d_engine_tests::disk;
@@ -115,6 +115,7 @@ async fn run(arguments: &Arguments, seed: u64, private: bool) -> ExitCode {
         timeline.add_operations(begun, &history.operations);
         timeline.add_events(history.faults.iter().map(|event| Event { at: begun + event.at, ..event.clone() }));
         verdict = judge(&cluster, &history).map_err(|violation| format!("episode {episode}: {violation}"));
+        forget_past(&cluster, &history).await;
     }
     for holding in samples.finish().await {
         timeline.add_holding(holding);
@@ -256,6 +257,15 @@ async fn one_episode(
     let (tenants, contenders, watched) = (tenants.judge().await, contenders.judge().await, watchers.judge().await);
     let same = same_everywhere(cluster).await;
     History { prefix, operations, watched, late, tenants, contenders, same, faults, time }
+}
+
+/// Nodes know the age of a revision only as long as they run, which is never long here: the history would grow until the
+/// disks are full.
+async fn forget_past(cluster: &Cluster, history: &History) {
+    let Ok(findings) = &history.watched else { return };
+    let client = Client::builder().endpoints(cluster.addresses()).call_timeout(wait::PATIENCE).build().unwrap();
+    // What is not forgotten now is after the next episode.
+    let _ = client.compact(Revision(findings.truth.last())).await;
 }
 
 /// Whether all nodes have the same keys and values at one revision; how many keys.

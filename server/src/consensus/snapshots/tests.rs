@@ -245,6 +245,8 @@ fn a_transfer_goes_on_after_a_break_and_fetches_again_what_was_damaged() {
     let opened = disk.open();
     let (_, resume) = opened.snapshots.begin(snapshot.manifest.clone()).unwrap();
     assert_eq!((resume.file, resume.offset), (place.0, place.1 + next.data.len() as u64));
+    // A sender that begins there, in the middle of a file, sends what belongs there.
+    assert_eq!(Outgoing::new(snapshot.clone(), resume).next().unwrap(), outgoing.next().unwrap());
     drop(opened);
 
     // What is there is not what was sent: found at the end of the file, and only that file is fetched again.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use crate::steps;
 use crate::storage::StorageError;
-use crate::storage::directory::{self, io_error};
+use crate::storage::directory::{Held, hold, io_error};
 
 const UNFINISHED: &str = "new";
 
@@ -24,7 +24,7 @@ const UNFINISHED: &str = "new";
 pub(super) fn settle(path: &Path) -> Result<(), StorageError> {
     let generations = generations(path)?;
     let Some((_, newest)) = generations.last() else { return remove_unfinished(path) };
-    let _held: Vec<File> = generations.iter().map(|(_, path)| directory::lock(path)).collect::<Result<_, _>>()?;
+    let _held: Vec<Held> = generations.iter().map(|(_, path)| hold(path)).collect::<Result<_, _>>()?;
     remove_unfinished(path)?;
     for (_, older) in &generations[..generations.len() - 1] {
         remove(older)?;
