@@ -259,13 +259,15 @@ impl Node {
             }
         };
         let ended = tokio::select! {
-            () = shutdown => Ok(()),
+            // Whoever stops a node that has failed is told so.
+            biased;
             failure = failed => Err(failure.into()),
             served = served(&mut self.serving) => match served {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(error)) => Err(error.into()),
                 Err(_) => Err(NodeError::Panicked { what: "the gRPC server" }),
             },
+            () = shutdown => Ok(()),
         };
         match &ended {
             Ok(()) => self.stop().await,

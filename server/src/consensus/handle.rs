@@ -9,6 +9,7 @@ use bytes::Bytes;
 use d_engine_proto::{LogIndex, NodeId, Term, v1};
 use openraft::StepDownPolicy;
 use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::Fatal;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::applier::Applier;
@@ -146,6 +147,9 @@ pub enum StartError {
         /// What was found then.
         found: String,
     },
+    /// It was told to stop: the end of its tasks, and nothing to tell anybody.
+    #[error("consensus was stopped")]
+    Stopped,
     /// openraft refused, or ended with an error.
     #[error("consensus stopped: {0}")]
     Raft(String),
@@ -728,8 +732,11 @@ fn watch_for_failure(
             if let Some(error) = log_fault.borrow().clone() {
                 return StartError::Storage(error);
             }
-            let state = raft.metrics().borrow_watched().running_state.clone();
-            StartError::Raft(state.err().map_or_else(|| "its monitor ended".to_owned(), |error| error.to_string()))
+            match raft.metrics().borrow_watched().running_state.clone() {
+                Err(Fatal::Stopped) => StartError::Stopped,
+                Err(error) => StartError::Raft(error.to_string()),
+                Ok(()) => StartError::Raft("its monitor ended".to_owned()),
+            }
         };
         let reason = tokio::select! {
             reason = forming => reason,

@@ -34,14 +34,17 @@ struct Shared {
 }
 
 impl Poison {
-    /// Makes `reason` the node's failure, unless it has failed before.
+    /// Makes `reason` the node's failure, unless it has failed before. What ends because of it ends also when the node
+    /// was told to stop, which is no failure otherwise.
     pub fn fail(&self, reason: StartError) {
         self.shared.failure.send_if_modified(|failure| {
             let first = failure.is_none();
             if first {
-                tracing::error!(%reason, "the node cannot go on");
+                if !matches!(reason, StartError::Stopped) {
+                    tracing::error!(%reason, "the node cannot go on");
+                    self.shared.failed.store(true, Ordering::Release);
+                }
                 *failure = Some(reason);
-                self.shared.failed.store(true, Ordering::Release);
             }
             first
         });
