@@ -41,7 +41,11 @@ impl WallClock {
 
 /// The library of the package, for programs with threads. The command that would name it keeps notes in shared memory that
 /// outlive it, and refuses when it finds another's.
-fn libfaketime() -> PathBuf {
+///
+/// # Panics
+/// When it is not installed: see `scripts/setup`.
+#[must_use]
+pub fn libfaketime() -> PathBuf {
     const WITHIN: &str = "faketime/libfaketimeMT.so.1";
     let mut directories = std::fs::read_dir("/usr/lib").expect("a system has libraries").flatten();
     let library = directories.find_map(|directory| Some(directory.path().join(WITHIN)).filter(|path| path.exists()));

@@ -15,6 +15,7 @@ use d_engine_proto::v1;
 use d_engine_proto::v1::peer_client::PeerClient;
 use d_engine_proto::{DetailedStatus, ErrorCode};
 use d_engine_tests::cluster::{Cluster, Node, Shape};
+use d_engine_tests::wall_clock::libfaketime;
 use d_engine_tests::{http, wait};
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::pem::PemObject;
@@ -47,17 +48,20 @@ impl Pki {
     }
 
     fn make(&self, arguments: &[&str]) {
-        self.make_with(&[], &[], arguments);
+        self.make_with(&[], arguments);
     }
 
-    fn make_with(&self, wrapper: &[&str], environment: &[(&str, &str)], arguments: &[&str]) {
+    /// Makes one that has expired.
+    fn make_old(&self, arguments: &[&str]) {
+        let library = libfaketime();
+        let three_days_ago = [("LD_PRELOAD", library.to_str().unwrap()), ("FAKETIME", "-3d"), ("DAYS", "1")];
+        self.make_with(&three_days_ago, arguments);
+    }
+
+    fn make_with(&self, environment: &[(&str, &str)], arguments: &[&str]) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/tls/make-certificates");
-        let mut line: Vec<&str> = wrapper.to_vec();
-        let script = script.to_str().unwrap();
-        line.push(script);
-        line.extend(arguments);
-        let mut command = Command::new(line[0]);
-        command.args(&line[1..]).current_dir(self.directory.path()).env("HOSTS", &self.hosts);
+        let mut command = Command::new(script);
+        command.args(arguments).current_dir(self.directory.path()).env("HOSTS", &self.hosts);
         let output = command.envs(environment.iter().copied()).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -243,7 +247,7 @@ async fn whoever_is_refused_is_told_why() {
     let node = cluster.node(1);
     let address = node.address.to_string();
     let stranger = Pki::new(node.address.ip());
-    pki.make_with(&["faketime", "-f", "-3d"], &[("DAYS", "1")], &["client", "old"]);
+    pki.make_old(&["client", "old"]);
     is_refused(address.clone(), Some(pki.trusting()), &["asks for a client certificate", "TLS options"]).await;
     let foreign = pki.trusting().identity_files(stranger.path("client.pem"), stranger.path("client.key"));
     is_refused(address.clone(), Some(foreign), &["client certificate", "unknown issuer"]).await;
@@ -325,8 +329,8 @@ async fn answers(peer: &mut PeerClient<Channel>) -> Vec<(&'static str, Status)> 
 async fn only_members_speak_to_members() {
     let (cluster, pki) = start(1, "client_auth = \"optional\"\n").await;
     let node = cluster.node(1);
-    pki.make_with(&[], &[("PEER_NAME", "")], &["node", "nameless"]);
-    pki.make_with(&[], &[("PEER_NAME", "*.d-engine")], &["node", "wildcard"]);
+    pki.make_with(&[("PEER_NAME", "")], &["node", "nameless"]);
+    pki.make_with(&[("PEER_NAME", "*.d-engine")], &["node", "wildcard"]);
     // Somebody may get the name of a member from the CA of clients; that makes him none.
     std::fs::rename(pki.path("peer-ca.pem"), pki.path("kept.pem")).unwrap();
     std::fs::rename(pki.path("peer-ca.key"), pki.path("kept.key")).unwrap();
@@ -521,8 +525,8 @@ async fn connections_that_never_speak_tls_give_their_places_back() {
 #[tokio::test]
 async fn files_that_do_not_serve_are_refused_at_start() {
     let (mut cluster, pki) = prepare(1, "").await;
-    pki.make_with(&[], &[("PEER_NAME", "")], &["node", "nameless"]);
-    pki.make_with(&["faketime", "-f", "-3d"], &[("DAYS", "1")], &["node", "old"]);
+    pki.make_with(&[("PEER_NAME", "")], &["node", "nameless"]);
+    pki.make_old(&["node", "old"]);
     std::fs::write(pki.path("empty.pem"), "nothing\n").unwrap();
     let good = pki.toml("n1");
     for (extra, words) in [
