@@ -210,11 +210,9 @@ impl Leave for v1::TxnResponse {
     }
 }
 
-impl Leave for v1::WatchEvents {
+impl Leave for v1::WatchEvent {
     fn leave(&mut self, namespace: &Namespace) {
-        for event in &mut self.events {
-            namespace.leave_kvs(event.kv.iter_mut().chain(&mut event.previous));
-        }
+        namespace.leave_kvs(self.kv.iter_mut().chain(&mut self.previous));
     }
 }
 

@@ -312,7 +312,8 @@ impl Resumable {
     }
 
     fn updates(self) -> BoxStream<'static, Result<WatchUpdate, Error>> {
-        stream::unfold(Some(self), |resumable| async move {
+        // Boxed, since it is passed on with each update.
+        stream::unfold(Some(Box::new(self)), |resumable| async move {
             let mut resumable = resumable?;
             loop {
                 match resumable.step().await {
@@ -540,7 +541,8 @@ impl Client {
     }
 
     fn watching(&self, range: Option<KeyRange>) -> Watch {
-        let create = v1::WatchCreate { range: range.map(v1::KeyRange::from), ..v1::WatchCreate::default() };
+        let range = range.map(v1::KeyRange::from);
+        let create = v1::WatchCreate { range, shared: true, ..v1::WatchCreate::default() };
         Watch { client: self.clone(), create, timeout: self.options().call_timeout }
     }
 }

@@ -194,17 +194,20 @@ impl Link {
     }
 
     fn deliver(&self, response: v1::WatchResponse) {
-        let (id, Some(kind)) = (response.watch_id, response.kind) else { return };
+        let v1::WatchResponse { watch_id, also, kind: Some(kind) } = response else { return };
         let mut state = self.state.lock();
-        // Answers to a watch that was given up meanwhile find none.
-        let Some(mailbox) = state.watches.get(&id) else { return };
-        if let Kind::Ended(ended) = kind {
-            let status = DetailedStatus { message: ended.message, detail: ended.error.unwrap_or_default() };
-            mailbox.end(Ending::Failed(Failure::Refused(Box::new(status))));
-            state.remove(self, id);
-        } else if let Err(ending) = mailbox.accept(kind) {
-            mailbox.end(ending);
-            state.cancel(self, id);
+        for id in std::iter::once(watch_id).chain(also) {
+            // Answers to a watch that was given up meanwhile find none.
+            let Some(mailbox) = state.watches.get(&id) else { continue };
+            if let Kind::Ended(ended) = &kind {
+                let detail = ended.error.clone().unwrap_or_default();
+                let status = DetailedStatus { message: ended.message.clone(), detail };
+                mailbox.end(Ending::Failed(Failure::Refused(Box::new(status))));
+                state.remove(self, id);
+            } else if let Err(ending) = mailbox.accept(&kind) {
+                mailbox.end(ending);
+                state.cancel(self, id);
+            }
         }
     }
 
@@ -299,19 +302,16 @@ impl Mailbox {
         Self { space: space.clone(), mail: Mutex::default(), news: Notify::new() }
     }
 
-    fn accept(&self, kind: Kind) -> Result<(), Ending> {
+    fn accept(&self, kind: &Kind) -> Result<(), Ending> {
         let mut mail = self.mail.lock();
         let update = match (kind, &mut mail.assembler) {
             (Kind::Created(created), None) => {
                 mail.assembler = Some(Assembler::starting_at(Revision(created.from_revision)));
-                mail.created = Some(created);
+                mail.created = Some(created.clone());
                 self.news.notify_one();
                 return Ok(());
             }
-            (Kind::Events(mut events), Some(assembler)) => {
-                events.leave(&self.space);
-                assembler.events(events)
-            }
+            (Kind::Events(events), Some(assembler)) => assembler.events(events, &self.space),
             (Kind::Bookmark(bookmark), Some(assembler)) => assembler.bookmark(Revision(bookmark.revision)),
             _ => Err("answers of a watch in the wrong order"),
         };
@@ -382,10 +382,13 @@ impl Assembler {
     }
 
     /// Takes an answer with events; gives the revisions that it completes.
-    fn events(&mut self, answer: v1::WatchEvents) -> Result<Option<WatchUpdate>, &'static str> {
+    fn events(&mut self, answer: &v1::WatchEvents, space: &Namespace) -> Result<Option<WatchUpdate>, &'static str> {
         let mut events = std::mem::take(&mut self.partial);
-        events.reserve(answer.events.len());
-        for event in answer.events {
+        events.reserve_exact(answer.events.len());
+        for event in &answer.events {
+            // The answer may be for other watches, too: they share its bytes.
+            let mut event = event.clone();
+            event.leave(space);
             let event = WatchEvent::from_wire(event).ok_or("an event that this client cannot read")?;
             if event.revision() <= self.delivered {
                 continue;

@@ -32,7 +32,7 @@ fn revisions_leave_only_when_they_are_whole_however_they_are_cut() {
         while sent < whole.len() {
             let next = rng.usize(sent + 1..=whole.len());
             let incomplete = whole.get(next) == whole.get(next - 1);
-            let update = assembler.events(events(&whole[sent..next], incomplete)).unwrap();
+            let update = assembler.events(&events(&whole[sent..next], incomplete), &Namespace::default()).unwrap();
             sent = next;
             if let Some((revision, events)) = revisions(update) {
                 assert_eq!(events.last(), Some(&revision), "seed {seed}");
@@ -48,24 +48,37 @@ fn revisions_leave_only_when_they_are_whole_however_they_are_cut() {
 #[test]
 fn what_was_delivered_does_not_come_again() {
     let mut assembler = Assembler::starting_at(Revision(5));
-    assert_eq!(revisions(assembler.events(events(&[3, 4, 5], false)).unwrap()), Some((5, vec![5])));
-    assert_eq!(revisions(assembler.events(events(&[5, 5, 6], false)).unwrap()), Some((6, vec![6])));
-    assert_eq!(revisions(assembler.events(events(&[5, 6], false)).unwrap()), None);
+    assert_eq!(
+        revisions(assembler.events(&events(&[3, 4, 5], false), &Namespace::default()).unwrap()),
+        Some((5, vec![5]))
+    );
+    assert_eq!(
+        revisions(assembler.events(&events(&[5, 5, 6], false), &Namespace::default()).unwrap()),
+        Some((6, vec![6]))
+    );
+    assert_eq!(revisions(assembler.events(&events(&[5, 6], false), &Namespace::default()).unwrap()), None);
     assert_eq!(revisions(assembler.bookmark(Revision(6)).unwrap()), None);
     assert_eq!(revisions(assembler.bookmark(Revision(8)).unwrap()), Some((8, vec![])));
-    assert_eq!(revisions(assembler.events(events(&[8, 9], false)).unwrap()), Some((9, vec![9])));
+    assert_eq!(
+        revisions(assembler.events(&events(&[8, 9], false), &Namespace::default()).unwrap()),
+        Some((9, vec![9]))
+    );
 }
 
 #[test]
 fn an_answer_that_breaks_the_order_is_not_taken() {
     let mut assembler = Assembler::starting_at(Revision(1));
-    assert!(assembler.events(events(&[4, 3], false)).is_err());
+    assert!(assembler.events(&events(&[4, 3], false), &Namespace::default()).is_err());
     let mut assembler = Assembler::starting_at(Revision(1));
-    assert!(assembler.events(events(&[4], true)).unwrap().is_none());
+    assert!(assembler.events(&events(&[4], true), &Namespace::default()).unwrap().is_none());
     assert!(assembler.bookmark(Revision(9)).is_err(), "half of revision 4 would be lost");
     let mut assembler = Assembler::starting_at(Revision(1));
     let unreadable = v1::WatchEvent { kind: 7, ..event(2, "k") };
-    assert!(assembler.events(v1::WatchEvents { events: vec![unreadable], incomplete: false }).is_err());
+    assert!(
+        assembler
+            .events(&v1::WatchEvents { events: vec![unreadable], incomplete: false }, &Namespace::default())
+            .is_err()
+    );
 }
 
 fn created(from_revision: u64) -> Kind {
@@ -83,10 +96,10 @@ fn big(revision: u64) -> Kind {
 #[test]
 fn a_full_mailbox_ends_after_what_it_holds() {
     let mailbox = Mailbox::new(&Namespace::default());
-    mailbox.accept(created(1)).unwrap();
+    mailbox.accept(&created(1)).unwrap();
     let mut revision = 1;
     let ending = loop {
-        match mailbox.accept(big(revision)) {
+        match mailbox.accept(&big(revision)) {
             Ok(()) => revision += 1,
             Err(ending) => break ending,
         }
@@ -106,15 +119,15 @@ fn a_full_mailbox_ends_after_what_it_holds() {
 #[test]
 fn one_update_is_taken_whatever_its_size_and_bookmarks_take_no_room() {
     let mailbox = Mailbox::new(&Namespace::default());
-    mailbox.accept(created(1)).unwrap();
+    mailbox.accept(&created(1)).unwrap();
     let giant: Vec<_> = (0..5).map(|_| big(1)).collect();
     for (part, kind) in giant.into_iter().enumerate() {
         let Kind::Events(mut events) = kind else { unreachable!() };
         events.incomplete = part < 4;
-        mailbox.accept(Kind::Events(events)).unwrap();
+        mailbox.accept(&Kind::Events(events)).unwrap();
     }
     for revision in 2..100_000 {
-        mailbox.accept(Kind::Bookmark(v1::WatchBookmark { revision })).unwrap();
+        mailbox.accept(&Kind::Bookmark(v1::WatchBookmark { revision })).unwrap();
     }
     mailbox.take().unwrap();
     let Some(Delivery::Update(update)) = mailbox.take() else { panic!() };
@@ -125,9 +138,9 @@ fn one_update_is_taken_whatever_its_size_and_bookmarks_take_no_room() {
 #[test]
 fn a_watch_without_a_creation_is_no_watch() {
     let mailbox = Mailbox::new(&Namespace::default());
-    assert!(matches!(mailbox.accept(big(1)), Err(Ending::Failed(Failure::Lost(_)))));
-    mailbox.accept(created(1)).unwrap();
-    assert!(matches!(mailbox.accept(created(1)), Err(Ending::Failed(Failure::Lost(_)))));
+    assert!(matches!(mailbox.accept(&big(1)), Err(Ending::Failed(Failure::Lost(_)))));
+    mailbox.accept(&created(1)).unwrap();
+    assert!(matches!(mailbox.accept(&created(1)), Err(Ending::Failed(Failure::Lost(_)))));
 }
 
 fn requests(link: &Link) -> Vec<(u64, bool)> {

@@ -119,6 +119,7 @@ pub fn create(view: &View, from: u64) -> v1::WatchCreate {
         no_puts: view.no_puts,
         no_deletes: view.no_deletes,
         keys_only: view.keys_only,
+        shared: false,
     }
 }
 

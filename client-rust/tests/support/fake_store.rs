@@ -576,7 +576,8 @@ impl WatchesOfStream<'_> {
                 How::Refuse => Err(refusal(ErrorCode::Unavailable, 0).into()),
                 How::EndWatches(code) => {
                     for id in self.watches.keys().copied().chain([watch_id]).collect::<Vec<_>>() {
-                        let response = v1::WatchResponse { watch_id: id, kind: Some(ended(&refusal(code, 0))) };
+                        let response =
+                            v1::WatchResponse { watch_id: id, also: Vec::new(), kind: Some(ended(&refusal(code, 0))) };
                         let _ = self.answers.send(Ok(response)).await;
                     }
                     self.watches.clear();
@@ -588,7 +589,7 @@ impl WatchesOfStream<'_> {
             return false;
         }
         self.sent += 1;
-        self.answers.send(Ok(v1::WatchResponse { watch_id, kind: Some(kind) })).await.is_ok()
+        self.answers.send(Ok(v1::WatchResponse { watch_id, also: Vec::new(), kind: Some(kind) })).await.is_ok()
     }
 }
 

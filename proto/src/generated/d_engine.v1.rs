@@ -4810,6 +4810,9 @@ pub struct WatchCreate {
     /// Leave the values out.
     #[prost(bool, tag = "6")]
     pub keys_only: bool,
+    /// The client reads `also` of answers: events that many watches of the stream have in common may come once.
+    #[prost(bool, tag = "7")]
+    pub shared: bool,
 }
 /// Ends a watch; answered by `ended` with the error code CANCELLED unless it has ended already.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4818,6 +4821,9 @@ pub struct WatchCancel {}
 pub struct WatchResponse {
     #[prost(uint64, tag = "1")]
     pub watch_id: u64,
+    /// The same events are for these watches, too, none of them twice; only watches that were created with `shared`.
+    #[prost(uint64, repeated, tag = "6")]
+    pub also: ::prost::alloc::vec::Vec<u64>,
     #[prost(oneof = "watch_response::Kind", tags = "2, 3, 4, 5")]
     pub kind: ::core::option::Option<watch_response::Kind>,
 }

@@ -1,7 +1,9 @@
 //! `d_engine.v1.Watch`: many watches on one stream.
 //!
 //! A service by hand rather than over the generated one, whose answers would be encoded for each watch: here an answer
-//! with events is the number of the watch followed by bytes that all watches of a group share.
+//! with events is the number of the watch followed by bytes that all watches of a group share. Watches of a group that are
+//! ready for the same events at the same time, and agree to it, have one answer, so that thousands on one stream cost a
+//! few bytes each.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -25,8 +27,11 @@ use crate::limits::{CLIENT_MESSAGE_BYTES_MAX, WATCH_WITHOUT_LEADER_MAX, WATCHES_
 use crate::watch::{Delivery, Lane, Update, Watch, WatchError};
 
 const METHOD: &str = "/d_engine.v1.Watch/Watch";
-/// Field of `WatchResponse`.
+/// Fields of `WatchResponse`.
 const WATCH_ID: u32 = 1;
+const ALSO: u32 = 6;
+/// Watches that join the answer of another; the rest has one more.
+const JOINED_MAX: usize = 1023;
 
 /// The service.
 #[derive(Clone)]
@@ -84,21 +89,39 @@ impl StreamingService<v1::WatchRequest> for Call {
 /// An answer as it is sent.
 enum Answer {
     Message(v1::WatchResponse),
-    /// Events, encoded but for the watch they are for.
+    /// Events, encoded but for the watches they are for.
     Events {
         watch_id: u64,
+        also: Vec<u64>,
+        /// Whether all of them may be named in one answer.
+        shared: bool,
         body: Bytes,
     },
 }
 
 impl Answer {
     fn new(watch_id: u64, kind: Kind) -> Self {
-        Self::Message(v1::WatchResponse { watch_id, kind: Some(kind) })
+        Self::Message(v1::WatchResponse { watch_id, also: Vec::new(), kind: Some(kind) })
     }
 
     fn ended(watch_id: u64, error: &EngineError) -> Self {
         let message = error.to_string();
         Self::new(watch_id, Kind::Ended(v1::WatchEnded { error: Some(error.detail()), message }))
+    }
+
+    /// Takes in another watch's answer if it has the same events; gives it back if not.
+    fn join(&mut self, other: Self) -> Option<Self> {
+        if let (
+            Self::Events { also, shared: true, body, .. },
+            Self::Events { watch_id, shared: true, body: others, .. },
+        ) = (self, &other)
+            && std::ptr::eq(body.as_ref(), others.as_ref())
+            && also.len() < JOINED_MAX
+        {
+            also.push(*watch_id);
+            return None;
+        }
+        Some(other)
     }
 
     fn refused(watch_id: u64, code: ErrorCode, message: String) -> Self {
@@ -134,10 +157,11 @@ impl Encoder for WatchCodec {
         match answer {
             // An `EncodeBuf` grows as needed.
             Answer::Message(message) => message.encode_raw(buffer),
-            Answer::Events { watch_id, body } => {
+            Answer::Events { watch_id, also, body, .. } => {
                 if watch_id != 0 {
                     prost::encoding::uint64::encode(WATCH_ID, &watch_id, buffer);
                 }
+                prost::encoding::uint64::encode_packed(ALSO, &also, buffer);
                 buffer.reserve(body.len());
                 buffer.put_slice(&body);
             }
@@ -167,6 +191,8 @@ struct Session {
     /// The watches of the moment. An aborted one is silent from then on.
     ids: HashMap<u64, AbortHandle>,
     watches: SelectAll<Abortable<Sending>>,
+    /// What a watch answered, held back until no other is ready to join it.
+    joint: Option<Answer>,
     lane: Lane,
     /// Ready when this node can no longer serve any watch.
     over: Pin<Box<dyn Future<Output = WatchError> + Send>>,
@@ -184,7 +210,7 @@ impl Session {
             }
         });
         let (ids, watches, lane) = (HashMap::new(), SelectAll::new(), Lane::default());
-        Ok(Self { engine, requests, open: true, ids, watches, lane, over, ended: false })
+        Ok(Self { engine, requests, open: true, ids, watches, joint: None, lane, over, ended: false })
     }
 
     /// The answer to a request, if it has one.
@@ -222,8 +248,41 @@ impl Session {
         let created = v1::WatchCreated { header, from_revision: watch.from().get() };
         let (handle, registration) = AbortHandle::new_pair();
         self.ids.insert(id, handle);
-        self.watches.push(Abortable::new(Sending { id, watch, delivery: None }, registration));
+        let sending = Sending { id, shared: create.shared, watch, delivery: None };
+        self.watches.push(Abortable::new(sending, registration));
         Ok(created)
+    }
+
+    /// The next answer of a watch. Those of one watch stay in their order.
+    fn next_answer(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Answer, Status>>> {
+        loop {
+            let answer = match self.watches.poll_next_unpin(context) {
+                Poll::Ready(Some(Sent::Answer(answer))) => answer,
+                Poll::Ready(Some(Sent::Ended(_, WatchError::Stopping))) => {
+                    return self.end(stream_error(WatchError::Stopping));
+                }
+                Poll::Ready(Some(Sent::Ended(id, error))) => {
+                    self.ids.remove(&id);
+                    Answer::ended(id, &error.into())
+                }
+                // Nobody is there to join it.
+                Poll::Ready(None) | Poll::Pending if self.joint.is_some() => {
+                    return Poll::Ready(self.joint.take().map(Ok));
+                }
+                // Without watches there is only the client to wait for.
+                Poll::Ready(None) if self.open => return Poll::Pending,
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending => return Poll::Pending,
+            };
+            match &mut self.joint {
+                None => self.joint = Some(answer),
+                Some(joint) => {
+                    if let Some(next) = joint.join(answer) {
+                        return Poll::Ready(self.joint.replace(next).map(Ok));
+                    }
+                }
+            }
+        }
     }
 
     fn end(&mut self, status: Status) -> Poll<Option<Result<Answer, Status>>> {
@@ -246,8 +305,14 @@ impl Stream for Session {
         while this.open {
             match this.requests.poll_next_unpin(context) {
                 Poll::Ready(Some(Ok(request))) => {
-                    if let Some(answer) = this.handle(request) {
-                        return Poll::Ready(Some(Ok(answer)));
+                    // What a watch had to say before goes first.
+                    match (this.handle(request), this.joint.take()) {
+                        (Some(answer), Some(joint)) => {
+                            this.joint = Some(answer);
+                            return Poll::Ready(Some(Ok(joint)));
+                        }
+                        (Some(answer), None) => return Poll::Ready(Some(Ok(answer))),
+                        (None, joint) => this.joint = joint,
                     }
                 }
                 Poll::Ready(Some(Err(refusal))) => {
@@ -258,24 +323,15 @@ impl Stream for Session {
                 Poll::Pending => break,
             }
         }
-        match this.watches.poll_next_unpin(context) {
-            Poll::Ready(Some(Sent::Answer(answer))) => Poll::Ready(Some(Ok(answer))),
-            Poll::Ready(Some(Sent::Ended(_, WatchError::Stopping))) => this.end(stream_error(WatchError::Stopping)),
-            Poll::Ready(Some(Sent::Ended(id, error))) => {
-                this.ids.remove(&id);
-                Poll::Ready(Some(Ok(Answer::ended(id, &error.into()))))
-            }
-            // Without watches there is only the client to wait for.
-            Poll::Ready(None) if this.open => Poll::Pending,
-            Poll::Ready(None) => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
+        this.next_answer(context)
     }
 }
 
 /// A watch on its way into a stream.
 struct Sending {
     id: u64,
+    /// Whether its answers may be those of others, too.
+    shared: bool,
     watch: Watch,
     /// A delivery of which so many frames are sent.
     delivery: Option<(Arc<Delivery>, usize)>,
@@ -291,12 +347,17 @@ impl Stream for Sending {
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Sent>> {
         let this = self.get_mut();
-        let watch_id = this.id;
+        let (watch_id, shared) = (this.id, this.shared);
         loop {
             if let Some((delivery, sent)) = &mut this.delivery {
                 if let Some(body) = delivery.frames().get(*sent) {
                     *sent += 1;
-                    return Poll::Ready(Some(Sent::Answer(Answer::Events { watch_id, body: body.clone() })));
+                    return Poll::Ready(Some(Sent::Answer(Answer::Events {
+                        watch_id,
+                        also: Vec::new(),
+                        shared,
+                        body: body.clone(),
+                    })));
                 }
                 this.delivery = None;
             }

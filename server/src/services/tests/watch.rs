@@ -105,6 +105,56 @@ async fn a_watch_tells_what_changes_and_what_was_there_before() {
     assert!(text.contains("d_engine_watches 1") && text.contains("d_engine_watch_events_total 2"), "{text}");
 }
 
+/// Watches that agree to it have the events that they share in one answer; others have answers of their own. Each gets
+/// every event once and in order, also the last ones of a watch that is cancelled meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn watches_that_agree_to_it_share_answers() {
+    const WATCHES: u64 = 2000;
+    const PUTS: u64 = 20;
+    let node = Node::start().await;
+    let mut watches = Watches::open(&node).await;
+    for id in 0..WATCHES {
+        // The first ones do not agree.
+        watches.create(id, v1::WatchCreate { shared: id >= 3, ..watch("k", "l") }).await;
+        watches.created(id).await;
+    }
+    let mut kv = node.kv().await;
+    let mut seen: Vec<Vec<u64>> = vec![Vec::new(); usize::try_from(WATCHES).unwrap()];
+    let mut answers = 0;
+    for number in 1..=PUTS {
+        kv.put(v1::PutRequest { key: format!("k{number}").into(), ..Default::default() }).await.unwrap();
+        if number == PUTS / 2 {
+            watches.ask(7, Some(Action::Cancel(v1::WatchCancel {}))).await;
+        }
+    }
+    let whole = |id: usize, seen: &[u64]| seen.len() as u64 == PUTS || id == 7;
+    let mut ended = false;
+    while !ended || !seen.iter().enumerate().all(|(id, seen)| whole(id, seen)) {
+        let answer = within(watches.answers.message()).await.unwrap().expect("an answer");
+        match answer.kind.expect("a kind") {
+            Kind::Events(events) => {
+                answers += 1;
+                assert!(answer.also.is_empty() || (answer.watch_id >= 3 && answer.also.iter().all(|id| *id >= 3)));
+                for id in answer.also.into_iter().chain([answer.watch_id]) {
+                    assert!(id != 7 || !ended, "events after the end");
+                    let revisions = events.events.iter().map(|event| event.kv.as_ref().unwrap().mod_revision);
+                    seen[usize::try_from(id).unwrap()].extend(revisions);
+                }
+            }
+            Kind::Ended(_) => {
+                assert_eq!((answer.watch_id, answer.also), (7, Vec::new()));
+                ended = true;
+            }
+            Kind::Created(_) | Kind::Bookmark(_) => assert!(answer.also.is_empty()),
+        }
+    }
+    let all: Vec<u64> = (1..=PUTS).collect();
+    for (id, seen) in seen.iter().enumerate() {
+        assert_eq!(seen[..], all[..seen.len()], "watch {id}");
+    }
+    assert!(answers < WATCHES, "{answers} answers: they share none");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_watches_share_a_stream_and_each_stream_gets_its_own() {
     const WATCHES: u64 = 2000;

@@ -110,6 +110,7 @@ pub(super) fn random_watch(random: &mut Rng) -> v1::WatchCreate {
         no_puts: filter == 0,
         no_deletes: filter == 1,
         keys_only: random.u32(..4) == 0,
+        shared: false,
     }
 }
 
