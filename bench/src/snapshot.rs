@@ -34,6 +34,7 @@ const INSTALLED: &str = "d_engine_snapshot_install_duration_seconds";
 const RECEIVED: &str = "d_engine_snapshot_received_bytes_total";
 const APPLIED: &str = "d_engine_raft_applied_index";
 const CHANGES: &str = "d_engine_leader_changes_total";
+const TERM: &str = "d_engine_raft_term";
 
 /// Builds, sends and installs a snapshot on three nodes while callers put.
 #[derive(Args)]
@@ -68,6 +69,24 @@ struct Observer {
     seen: Vec<Durations>,
     built: Vec<(u32, Duration)>,
     windows: Vec<Window>,
+    /// What each node said last of who leads.
+    led: Vec<Option<Led>>,
+    losses: Vec<Loss>,
+}
+
+/// What a node says of who leads.
+#[derive(Clone, Copy)]
+struct Led {
+    changes: f64,
+    term: f64,
+}
+
+/// A node took its leader for lost, or lost its own lease, since it was last looked at.
+struct Loss {
+    at: Instant,
+    node: u32,
+    changes: f64,
+    terms: f64,
 }
 
 pub(crate) async fn measure(arguments: &Arguments) {
@@ -83,7 +102,6 @@ pub(crate) async fn measure(arguments: &Arguments) {
     let steady = Steady::start(&client, arguments.callers, Calls::Puts, keys, VALUE_BYTES);
     let leader = cluster.leader(&[]).await;
     let follower = leader % 3 + 1;
-    let changes = Scrapes::take(&cluster).await.of(leader, CHANGES);
     let mut windows = Vec::new();
 
     let calm = Instant::now();
@@ -138,7 +156,6 @@ pub(crate) async fn measure(arguments: &Arguments) {
     observer.watch(&cluster, is_level).await;
     let level = Instant::now();
     progress.finish_and_clear();
-    let changes = Scrapes::take(&cluster).await.of(leader, CHANGES).zip(changes).map(|(after, before)| after - before);
     let calls = steady.finish().await;
 
     windows.push(Window { name: "the follower starts", from: started, to: sending });
@@ -148,13 +165,8 @@ pub(crate) async fn measure(arguments: &Arguments) {
     windows.push(Window { name: "it is installed", from: sent, to: installed });
     println!("{}\n", table(&observer.built, received, sent - sending, install, level - started));
     println!("{}", steady::table("puts while", &calls, &windows));
-    println!(
-        "{} callers that put {VALUE_BYTES} bytes each over {} MiB of them; changes of the leader, the lapse of its lease \
-         included: {}\n",
-        arguments.callers,
-        arguments.mib,
-        changes.map_or("unknown".to_owned(), |changes| changes.to_string()),
-    );
+    println!("{}", losses(&observer.losses, leader, follower, &windows));
+    println!("{} callers that put {VALUE_BYTES} bytes each over {} MiB of them\n", arguments.callers, arguments.mib);
 }
 
 /// The default, or for a store that is smaller than what the default is made for, its quarter.
@@ -227,7 +239,48 @@ impl Observer {
             }
             *seen = now;
         }
+        self.led.resize(cluster.nodes().len(), None);
+        for (node, led) in cluster.nodes().iter().zip(&mut self.led) {
+            let now = scrapes.of(node.id, CHANGES).zip(scrapes.of(node.id, TERM));
+            let now = now.map(|(changes, term)| Led { changes, term });
+            // A node that was away begins anew: what it finds is not lost.
+            if let (Some(before), Some(now)) = (*led, now)
+                && (now.changes > before.changes || now.term > before.term)
+            {
+                let (changes, terms) = (now.changes - before.changes, now.term - before.term);
+                self.losses.push(Loss { at: to, node: node.id, changes, terms });
+            }
+            *led = now;
+        }
     }
+}
+
+/// Where windows overlap, each has what happened in it.
+fn losses(losses: &[Loss], leader: u32, follower: u32, windows: &[Window]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    table.set_header(["changes of who is known to lead while", "the leader", "the follower", "the third", "new terms"]);
+    let mut names: Vec<&str> = windows.iter().map(|window| window.name).collect();
+    names.dedup();
+    for name in names {
+        let within = |loss: &&Loss| {
+            windows.iter().any(|window| window.name == name && window.from <= loss.at && loss.at <= window.to + PERIOD)
+        };
+        let found: Vec<&Loss> = losses.iter().filter(within).collect();
+        let changes = |is_meant: &dyn Fn(u32) -> bool| {
+            let changes: f64 = found.iter().filter(|loss| is_meant(loss.node)).map(|loss| loss.changes).sum();
+            changes.to_string()
+        };
+        let terms = |node: u32| found.iter().filter(|loss| loss.node == node).map(|loss| loss.terms).sum::<f64>();
+        table.add_row([
+            name.to_owned(),
+            changes(&|node| node == leader),
+            changes(&|node| node == follower),
+            changes(&|node| node != leader && node != follower),
+            terms(leader).to_string(),
+        ]);
+    }
+    table
 }
 
 fn table(built: &[(u32, Duration)], received: f64, sending: Duration, install: Duration, whole: Duration) -> Table {

@@ -37,4 +37,4 @@ impl From<v1::command::Command> for v1::Command {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/descriptors.bin");
 
 /// Version of the peer protocol (`peer.proto`); members with different ones refuse each other.
-pub const PEER_PROTOCOL_VERSION: u32 = 1;
+pub const PEER_PROTOCOL_VERSION: u32 = 2;

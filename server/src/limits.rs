@@ -225,6 +225,10 @@ pub const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
 /// anything else waits behind.
 pub const SNAPSHOT_CHUNKS_IN_FLIGHT_MAX: usize = 4;
 
+/// Bytes of a snapshot that a receiver writes before it waits for the disk. The log's next write waits behind them: the
+/// kernel would let a large file gather in memory, and then write hundreds of megabytes in one go.
+pub const SNAPSHOT_UNSYNCED_BYTES_MAX: u64 = 4 << 20;
+
 /// Bytes of the disk that a snapshot which is received leaves to the log.
 pub const SNAPSHOT_DISK_RESERVED_BYTES: u64 = 64 << 20;
 

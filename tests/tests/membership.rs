@@ -11,7 +11,7 @@ use d_engine_client::{Client, Member, MemberRole, NodeId};
 use d_engine_tests::cluster::{Cluster, Shape};
 use d_engine_tests::network::{self, End, PrivateNetwork};
 use d_engine_tests::process::d_engine;
-use d_engine_tests::wait;
+use d_engine_tests::{http, wait};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -146,6 +146,60 @@ async fn one_node_becomes_five_and_three_under_load_without_a_failed_call() {
     let refused = member(&cluster, &["remove", "77"]).await.unwrap_err();
     assert!(refused.contains("no member"), "{refused}");
     load.finish("one to five to three").await;
+}
+
+/// Waits until every node that runs shows so many voters and learners, and none but the leader how far the others are
+/// behind.
+async fn until_metrics_tell(cluster: &Cluster, voters: usize, learners: usize) {
+    let counts = [
+        format!("d_engine_members{{role=\"voter\"}} {voters}"),
+        format!("d_engine_members{{role=\"learner\"}} {learners}"),
+    ];
+    let lag = |id: u32| format!("d_engine_member_lag_entries{{member=\"{id}\"}}");
+    for node in cluster.nodes().iter().filter(|node| node.runs()) {
+        wait::until(&format!("node {} to show {counts:?}", node.id), wait::PATIENCE, || async {
+            let (_, text) = http::get(node.http_address, "/metrics").await.ok()?;
+            let shows = |wanted: &str| text.lines().any(|line| line == wanted);
+            let lags = cluster.nodes().iter().filter(|other| text.contains(&lag(other.id))).count();
+            let followed = if shows("d_engine_raft_is_leader 1") { voters + learners - 1 } else { 0 };
+            (counts.iter().all(|count| shows(count)) && lags == followed).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_of_every_node_tell_who_belongs_to_the_cluster_and_the_leaders_what_was_changed() {
+    let mut cluster = prepared(3).await;
+    until_metrics_tell(&cluster, 3, 0).await;
+    cluster.node_mut(4).start();
+    let address = cluster.node(4).address.to_string();
+    wait::until("the node to be added", wait::PATIENCE, || async {
+        member(&cluster, &["add", &address, "--learner"]).await.ok()
+    })
+    .await;
+    cluster.node_mut(4).ready().await;
+    until_metrics_tell(&cluster, 3, 1).await;
+    wait::until("the learner to catch up", wait::PATIENCE, || async { member(&cluster, &["promote", "4"]).await.ok() })
+        .await;
+    until_metrics_tell(&cluster, 4, 0).await;
+    member(&cluster, &["demote", "4"]).await.unwrap();
+    until_metrics_tell(&cluster, 3, 1).await;
+    member(&cluster, &["remove", "4"]).await.unwrap();
+    cluster.node_mut(4).exit().await;
+    until_metrics_tell(&cluster, 3, 0).await;
+    member(&cluster, &["remove", "77"]).await.unwrap_err();
+    let mut counted = String::new();
+    for node in cluster.nodes().iter().filter(|node| node.runs()) {
+        counted.push_str(&http::get(node.http_address, "/metrics").await.unwrap().1);
+    }
+    // Whichever node led at the time.
+    for (change, outcome) in
+        [("add", "done"), ("promote", "done"), ("demote", "done"), ("remove", "done"), ("remove", "refused")]
+    {
+        let series = format!("d_engine_membership_changes_total{{change=\"{change}\",outcome=\"{outcome}\"}}");
+        assert!(counted.contains(&series), "{series}: {counted}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

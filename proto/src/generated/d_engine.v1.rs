@@ -3767,7 +3767,7 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Peer", "Hello"));
             self.inner.unary(req, path, codec).await
         }
-        /// Replication and heartbeats: answers come in the order of the requests.
+        /// Replication: answers come in the order of the requests.
         pub async fn append(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::AppendRequest>,
@@ -3782,6 +3782,22 @@ pub mod peer_client {
             let mut req = request.into_streaming_request();
             req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Peer", "Append"));
             self.inner.streaming(req, path, codec).await
+        }
+        /// An append without entries. It is answered once the sender is acknowledged as the leader, whatever is still on its way
+        /// to the disk, and so matches up to nothing.
+        pub async fn heartbeat(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AppendRequest>,
+        ) -> std::result::Result<tonic::Response<super::AppendResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/d_engine.v1.Peer/Heartbeat");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("d_engine.v1.Peer", "Heartbeat"));
+            self.inner.unary(req, path, codec).await
         }
         pub async fn vote(
             &mut self,
@@ -3907,11 +3923,17 @@ pub mod peer_server {
         type AppendStream: tonic::codegen::tokio_stream::Stream<Item = std::result::Result<super::AppendResponse, tonic::Status>>
             + std::marker::Send
             + 'static;
-        /// Replication and heartbeats: answers come in the order of the requests.
+        /// Replication: answers come in the order of the requests.
         async fn append(
             &self,
             request: tonic::Request<tonic::Streaming<super::AppendRequest>>,
         ) -> std::result::Result<tonic::Response<Self::AppendStream>, tonic::Status>;
+        /// An append without entries. It is answered once the sender is acknowledged as the leader, whatever is still on its way
+        /// to the disk, and so matches up to nothing.
+        async fn heartbeat(
+            &self,
+            request: tonic::Request<super::AppendRequest>,
+        ) -> std::result::Result<tonic::Response<super::AppendResponse>, tonic::Status>;
         async fn vote(
             &self,
             request: tonic::Request<super::VoteRequest>,
@@ -4077,6 +4099,34 @@ pub mod peer_server {
                             .apply_compression_config(accept_compression_encodings, send_compression_encodings)
                             .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/d_engine.v1.Peer/Heartbeat" => {
+                    #[allow(non_camel_case_types)]
+                    struct HeartbeatSvc<T: Peer>(pub Arc<T>);
+                    impl<T: Peer> tonic::server::UnaryService<super::AppendRequest> for HeartbeatSvc<T> {
+                        type Response = super::AppendResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::AppendRequest>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Peer>::heartbeat(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = HeartbeatSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(accept_compression_encodings, send_compression_encodings)
+                            .apply_max_message_size_config(max_decoding_message_size, max_encoding_message_size);
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -328,6 +328,11 @@ impl NetStreamAppend<Types> for Connection {
         S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
     {
         let stall = self.peers.stall.max(option.hard_ttl());
+        if self.lane == Lane::Control {
+            let this = &*self;
+            let answers = input.then(move |request| this.heartbeat(request, stall)).boxed();
+            return Box::pin(async { Ok(answers) });
+        }
         Box::pin(async move {
             // openraft backs off inside the stream of requests. A transport polls that only once it is connected, so
             // without waiting for the first request here an unreachable peer would be tried without a pause.
@@ -339,6 +344,19 @@ impl NetStreamAppend<Types> for Connection {
             let told = self.peers.told_commit.clone();
             Ok(Appends::new(first, input, Some(self.route()), told, requests, responses, stall).boxed())
         })
+    }
+}
+
+impl Connection {
+    async fn heartbeat(
+        &self,
+        request: AppendEntriesRequest<Types>,
+        patience: Duration,
+    ) -> Result<StreamAppendResult<Types>, RPCError<Types>> {
+        let mut client = self.client(Lane::Control)?;
+        self.peers.told_commit.tell(request.leader_commit.as_ref());
+        let call = client.heartbeat(append_to_wire(Some(self.route()), request));
+        append_result_from_wire(within(patience, call).await.map_err(unreachable)?.into_inner())
     }
 }
 

@@ -26,7 +26,9 @@ use d_engine_proto::v1::peer_server::{Peer, PeerServer};
 use d_engine_proto::{DetailedStatus, ErrorCode, LogIndex};
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, TransferLeaderRequest, VoteRequest, VoteResponse,
+};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Interceptor;
@@ -44,6 +46,7 @@ use super::network::{
 };
 use super::raft_types::{Raft, RaftVote, Types};
 use super::read_index::ReadIndex;
+use super::runtime::RaftInstant;
 use super::snapshots::{Manifest, ReceiveError, Snapshots};
 use super::steward::{Introduction, Stewardship};
 use crate::clock::Moment;
@@ -195,6 +198,36 @@ impl PeerService {
         })))
     }
 
+    /// openraft answers an append, one without entries too, once all that it accepted before is on the disk. A leader would
+    /// lose its lease, and a read its confirmation, whenever disks are slow. What a heartbeat is about is known as soon as
+    /// openraft has looked at it: from then on this node grants no other vote for its time.
+    async fn heartbeat(&self, request: v1::AppendRequest) -> Result<v1::AppendResponse, Status> {
+        self.admit(request.route.as_ref()).await?;
+        let request = append_from_wire(request)?;
+        if !request.entries.is_empty() {
+            return Err(Status::invalid_argument("a heartbeat carries no entries"));
+        }
+        let (leader, previous) = (request.vote, request.prev_log_id);
+        let arrived = RaftInstant(Moment::now());
+        let acknowledged = self
+            .raft
+            .with_raft_state(move |state| *state.vote_ref() == leader && state.vote_last_modified() >= Some(arrived));
+        let result = tokio::select! {
+            // In this order: openraft is asked for what the heartbeat has left behind.
+            biased;
+            handled = self.raft.append_entries(request) => match handled.map_err(stopped)? {
+                AppendEntriesResponse::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote)),
+                AppendEntriesResponse::Conflict => previous.map_or(Ok(None), |id| Err(StreamAppendError::Conflict(id))),
+                AppendEntriesResponse::Success | AppendEntriesResponse::PartialSuccess(_) => Ok(None),
+            },
+            Ok(true) = acknowledged => Ok(None),
+        };
+        if !matches!(result, Err(StreamAppendError::HigherVote(_))) {
+            self.leadership.leader_was_heard();
+        }
+        Ok(append_result_to_wire(&result))
+    }
+
     /// Receives a snapshot and installs it. Ends early when the leader goes away; what is there by then stays.
     async fn receive(
         &self,
@@ -306,6 +339,10 @@ impl Peer for Gate {
         // Answered before the first message: a leader opens the stream when it has nothing to send yet.
         let responses = stream::once(async move { service.append(request.into_inner()).await }).try_flatten();
         Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn heartbeat(&self, request: Request<v1::AppendRequest>) -> Result<Response<v1::AppendResponse>, Status> {
+        self.0.heartbeat(request.into_inner()).await.map(Response::new)
     }
 
     async fn vote(&self, request: Request<v1::VoteRequest>) -> Result<Response<v1::VoteResponse>, Status> {

@@ -1,6 +1,7 @@
 //! Clusters of real nodes in one process: real openraft, real gRPC on loopback; storage in memory, and a state machine
 //! that is a list. Whatever needs processes that die is tested on the real binary.
 
+mod disks;
 mod groups;
 mod members;
 mod snapshots;
@@ -123,7 +124,17 @@ impl Node {
     async fn start(
         id: u32,
         members: &[v1::InitialMember],
-        engine: Arc<MemoryStorageEngine>,
+        engine: Arc<dyn StorageEngine>,
+        listener: tokio::net::TcpListener,
+    ) -> Self {
+        Self::start_with(TIMINGS, id, members, engine, listener).await
+    }
+
+    async fn start_with(
+        timings: Timings,
+        id: u32,
+        members: &[v1::InitialMember],
+        engine: Arc<dyn StorageEngine>,
         listener: tokio::net::TcpListener,
     ) -> Self {
         let list = Arc::new(List::default());
@@ -134,13 +145,12 @@ impl Node {
             initial_cluster: members.to_vec(),
             client_address: format!("client-{id}"),
             application_address: String::new(),
-            timings: TIMINGS,
+            timings,
             persistence: Persistence::DiskFirst,
             pending_bytes_max: 1 << 20,
             snapshot_directory: directory.path().to_owned(),
             snapshot_policy: SnapshotPolicy::OFF,
         };
-        let engine: Arc<dyn StorageEngine> = engine;
         let (consensus, peers) =
             Consensus::start(config, engine, list.clone(), Arc::new(Metrics::default()), None).await.unwrap();
         let (serving, stopped) = oneshot::channel::<()>();

@@ -13,7 +13,7 @@ use d_engine_proto::v1;
 
 use super::manifest::{Manifest, checksum, corrupt, io_error};
 use super::{RECEIVING, Snapshot, Snapshots, remove};
-use crate::limits::SNAPSHOT_DISK_RESERVED_BYTES;
+use crate::limits::{SNAPSHOT_DISK_RESERVED_BYTES, SNAPSHOT_UNSYNCED_BYTES_MAX};
 use crate::steps;
 use crate::storage::{LogPosition, StorageError};
 
@@ -29,6 +29,8 @@ pub(in crate::consensus) struct Incoming {
     open: Option<File>,
     offset: u64,
     crc32c: u32,
+    /// Bytes written since the disk was last waited for.
+    unsynced: u64,
 }
 
 /// Why a piece is not taken.
@@ -135,7 +137,8 @@ impl Incoming {
             manifest.write(&directory)?;
         }
         steps::passed("receive/begun")?;
-        let mut incoming = Self { directory, manifest, transfer: 0, file: 0, open: None, offset: 0, crc32c: 0 };
+        let mut incoming =
+            Self { directory, manifest, transfer: 0, file: 0, open: None, offset: 0, crc32c: 0, unsynced: 0 };
         incoming.look()?;
         Ok(incoming)
     }
@@ -186,11 +189,17 @@ impl Incoming {
         open.write_all(&chunk.data).map_err(|error| io_error("write", &path, &error))?;
         self.offset = length;
         self.crc32c = crc32c::crc32c_append(self.crc32c, &chunk.data);
+        self.unsynced += chunk.data.len() as u64;
         if length < file.bytes {
+            if self.unsynced >= SNAPSHOT_UNSYNCED_BYTES_MAX {
+                open.sync_data().map_err(|error| io_error("write", &path, &error))?;
+                self.unsynced = 0;
+            }
             return Ok(());
         }
         let is_sound = self.crc32c == file.crc32c;
         open.sync_all().map_err(|error| io_error("write", &path, &error))?;
+        self.unsynced = 0;
         if is_sound {
             self.file += 1;
         }

@@ -25,6 +25,9 @@ const MEMTABLE_BYTES: usize = 64 << 20;
 /// Memtables in memory before RocksDB holds writes up: one filling, others on their way to a slow disk.
 const MEMTABLES_MAX: i32 = 3;
 const BLOCK_CACHE_BYTES: usize = 32 << 20;
+/// Bytes of a table that may gather before they are sent to the disk: else each comes in one go when it is finished, and
+/// the log's next write waits for all of it.
+const BYTES_PER_SYNC: u64 = 1 << 20;
 /// Share of a file's entries that are removals from which on it is merged with those below at once: it was written for
 /// cleaning, and the space is wanted back. In one written while keys are replaced about half of the entries are.
 const MERGED_AT_REMOVALS: f64 = 0.75;
@@ -46,6 +49,7 @@ impl Database {
         let mut table = BlockBasedOptions::default();
         table.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
         let mut options = Options::default();
+        options.set_bytes_per_sync(BYTES_PER_SYNC);
         options.create_if_missing(is_new);
         // No window within a file: its whole counts.
         options.add_compact_on_deletion_collector_factory(0, 0, MERGED_AT_REMOVALS);
