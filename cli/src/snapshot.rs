@@ -69,7 +69,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long, value_name = "HOST:PORT")]
     advertise_address: Option<String>,
     /// Which files the node's log is kept in: its raft.persistence.engine
-    #[arg(long, value_name = "ENGINE", default_value = "Segments")]
+    #[arg(long, value_name = "ENGINE", default_value = "RocksDB")]
     engine: Engine,
 }
 
@@ -216,8 +216,8 @@ fn make(args: RestoreArgs, layout: Layout) -> Result<(), Failure> {
     };
     // What the server takes for granted need not be said.
     let engine = match args.engine {
-        Engine::RocksDb => "D_ENGINE__RAFT__PERSISTENCE__ENGINE=RocksDB ",
-        Engine::Segments => "",
+        Engine::RocksDb => "",
+        Engine::Segments => "D_ENGINE__RAFT__PERSISTENCE__ENGINE=Segments ",
     };
     let restored = match (&args.file, &args.from_data_dir) {
         (Some(file), _) => restore(file, &node),

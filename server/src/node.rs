@@ -88,7 +88,7 @@ impl Door {
 /// What a node is made of besides its configuration.
 #[derive(Default)]
 struct Parts {
-    /// `None`: as the configuration says, below `cluster.db_root_dir`.
+    /// `None`: RocksDB below `cluster.db_root_dir`.
     storage: Option<StorageHandle>,
     /// `None`: the key-value store below `cluster.db_root_dir`.
     state_machine: Option<StateMachineHandle>,

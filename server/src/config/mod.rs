@@ -217,10 +217,10 @@ pub struct PersistenceConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum LogEngine {
     /// A RocksDB of its own.
+    #[default]
     #[serde(rename = "RocksDB")]
     RocksDb,
     /// A journal in segment files.
-    #[default]
     Segments,
 }
 

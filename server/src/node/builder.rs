@@ -81,8 +81,8 @@ pub struct NodeBuilder {
 }
 
 impl NodeBuilder {
-    /// A node by a configuration that was validated. Unless told otherwise it keeps the key-value store in RocksDB and the
-    /// log as `raft.persistence.engine` says, below `cluster.db_root_dir`.
+    /// A node by a configuration that was validated. Unless told otherwise it stores the key-value store and the log in
+    /// RocksDB, below `cluster.db_root_dir`.
     #[must_use]
     pub fn new(config: RaftNodeConfig) -> Self {
         Self { config, parts: Parts::default(), told_to_stop: None }
