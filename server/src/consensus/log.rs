@@ -475,9 +475,7 @@ impl Writer {
                 if let Some(last) = group.last {
                     self.durable.send_replace(last);
                 }
-                // The newest first, which vouches for the others. openraft lets reports that follow each other gather for
-                // a microsecond, which its timer makes a millisecond.
-                for callback in group.callbacks.into_iter().rev() {
+                for callback in group.callbacks {
                     callback.io_completed(Ok(()));
                 }
                 for done in group.saves {

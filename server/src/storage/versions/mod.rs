@@ -220,13 +220,8 @@ impl VersionStore {
     /// Opens with bounds so small that a short test crosses all of them many times.
     #[cfg(test)]
     pub(crate) fn open_tiny(path: &Path) -> Result<Self, StorageError> {
-        let bounds = Bounds {
-            queue_bytes_max: 8 << 10,
-            batch_bytes_max: 2 << 10,
-            gather: Duration::from_millis(2),
-            flush_bytes: 16 << 10,
-            clean_bytes: 64,
-        };
+        let bounds =
+            Bounds { queue_bytes_max: 8 << 10, batch_bytes_max: 2 << 10, flush_bytes: 16 << 10, clean_bytes: 64 };
         Self::open_bounded(path, bounds)
     }
 

@@ -5,11 +5,9 @@
 //!                                                                      written                  durable
 //! ```
 //!
-//! The writer lets submissions gather for a moment, as long as nobody waits for them, and writes what has accumulated as
-//! one batch together with the state that the last submission in it stands for: waking up, and writing that state and
-//! the records that changed, costs the same for one change as for a hundred. The flusher makes memtables durable while
-//! the writer goes on. After the first failure nothing more is written and every call answers with it: writing on could
-//! leave a hole.
+//! The writer takes whatever has accumulated and writes it as one batch together with the state that the last
+//! submission in it stands for. The flusher makes memtables durable while the writer goes on. After the first failure
+//! nothing more is written and every call answers with it: writing on could leave a hole.
 //!
 //! Between batches the writer cleans what compaction gave up: a chunk at a time while nothing waits, and while
 //! something does as many changes as the batch before brought, so that the history does not outgrow its cleaning.
@@ -17,7 +15,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use d_engine_proto::{Epoch, Revision};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -47,8 +45,6 @@ pub(super) struct Bounds {
     pub(super) queue_bytes_max: usize,
     /// Bytes of one batch: tens of thousands of small operations, and short enough not to delay the next for long.
     pub(super) batch_bytes_max: usize,
-    /// How long submissions that nobody waits for may gather before they are written.
-    pub(super) gather: Duration,
     /// Bytes written between two flushes: what a restart has to apply again. Cleaning that freed as much is flushed
     /// too, so that the disk gets it back.
     pub(super) flush_bytes: usize,
@@ -58,13 +54,7 @@ pub(super) struct Bounds {
 
 impl Default for Bounds {
     fn default() -> Self {
-        Self {
-            queue_bytes_max: 64 << 20,
-            batch_bytes_max: 8 << 20,
-            gather: Duration::from_millis(20),
-            flush_bytes: 32 << 20,
-            clean_bytes: 64 << 10,
-        }
+        Self { queue_bytes_max: 64 << 20, batch_bytes_max: 8 << 20, flush_bytes: 32 << 20, clean_bytes: 64 << 10 }
     }
 }
 
@@ -84,10 +74,6 @@ struct Mark {
 
 struct Progress {
     queue: VecDeque<Queued>,
-    /// When the first of the queue came.
-    gathering_since: Instant,
-    /// Callers that wait for something to be written.
-    readers: usize,
     /// Bytes submitted and not yet written.
     pending_bytes: usize,
     submitted: u64,
@@ -132,8 +118,6 @@ impl WriteBehind {
         let start = Mark { submissions: 0, position: state.position, revision: state.revision };
         let progress = Progress {
             queue: VecDeque::new(),
-            gathering_since: Instant::now(),
-            readers: 0,
             pending_bytes: 0,
             submitted: 0,
             written: start,
@@ -186,16 +170,10 @@ impl WriteBehind {
         };
         shared.progressed.wait_while(&mut progress, full);
         shared.check(&progress)?;
-        let is_first = progress.queue.is_empty();
-        if is_first {
-            progress.gathering_since = Instant::now();
-        }
         progress.queue.push_back(Queued { submission, bytes });
         progress.pending_bytes += bytes;
         progress.submitted += 1;
-        if is_first || !shared.may_gather(&progress) {
-            shared.writable.notify_one();
-        }
+        shared.writable.notify_one();
         Ok(())
     }
 
@@ -219,12 +197,7 @@ impl WriteBehind {
         let shared = &self.shared;
         let mut progress = shared.progress.lock();
         let behind = |progress: &mut Progress| progress.failure.is_none() && progress.written.revision < revision;
-        if behind(&mut progress) {
-            progress.readers += 1;
-            shared.writable.notify_one();
-            shared.progressed.wait_while_for(&mut progress, behind, timeout);
-            progress.readers -= 1;
-        }
+        shared.progressed.wait_while_for(&mut progress, behind, timeout);
         let written = progress.written.revision;
         if written < revision { shared.check(&progress).map(|()| written) } else { Ok(written) }
     }
@@ -235,7 +208,6 @@ impl WriteBehind {
         let mut progress = shared.progress.lock();
         let target = progress.submitted;
         progress.flush_to = progress.flush_to.max(target);
-        shared.writable.notify_one();
         shared.flushable.notify_one();
         let behind = |progress: &mut Progress| progress.failure.is_none() && progress.durable.submissions < target;
         shared.progressed.wait_while(&mut progress, behind);
@@ -314,36 +286,17 @@ impl Shared {
         Ok(total)
     }
 
-    /// Whether nobody is served by writing what waits: no reader, no flush, no queue that fills up.
-    fn may_gather(&self, progress: &Progress) -> bool {
-        progress.pending_bytes < self.bounds.batch_bytes_max
-            && progress.flush_to <= progress.written.submissions
-            && progress.readers == 0
-    }
-
     /// What has accumulated, up to a batch; without waiting for it if there is other work. `None` when it is time to
     /// end.
     fn next_batch(&self, has_other_work: bool) -> Option<Option<Batch>> {
         let mut progress = self.progress.lock();
-        let first = loop {
-            if progress.stopping || progress.failure.is_some() {
-                return None;
-            }
-            let gathered = progress.gathering_since.elapsed();
-            if (gathered >= self.bounds.gather || !self.may_gather(&progress))
-                && let Some(first) = progress.queue.pop_front()
-            {
-                break first;
-            }
-            if has_other_work {
-                return Some(None);
-            }
-            if progress.queue.is_empty() {
-                self.writable.wait(&mut progress);
-            } else {
-                self.writable.wait_for(&mut progress, self.bounds.gather.saturating_sub(gathered));
-            }
-        };
+        self.writable.wait_while(&mut progress, |progress| {
+            progress.queue.is_empty() && !has_other_work && !progress.stopping && progress.failure.is_none()
+        });
+        if progress.stopping || progress.failure.is_some() {
+            return None;
+        }
+        let Some(first) = progress.queue.pop_front() else { return Some(None) };
         let mut batch = Batch::after(&progress.written);
         batch.add(first);
         while let Some(next) = progress.queue.front()
@@ -464,8 +417,7 @@ impl Encoder {
     /// The state, the index, the records and the versions, these in the order of their keys on disk, which RocksDB
     /// takes fastest.
     fn encode(&mut self, batch: &Batch) -> WriteBatch {
-        // The costs in the queue are about the bytes of the batch.
-        let mut out = WriteBatch::with_capacity_bytes(batch.bytes);
+        let mut out = WriteBatch::default();
         out.put(STATE_KEY, encoding::encode_state(&batch.state));
         if batch.state.epoch != Epoch(0) {
             out.put(EPOCH_KEY, encoding::encode_epoch(batch.state.epoch));
@@ -519,8 +471,6 @@ mod tests {
     use super::super::Record;
     use super::*;
 
-    const GENEROUS: Duration = Duration::from_secs(60);
-
     fn delete(bytes: usize, revision: u64) -> Submission {
         let key = Bytes::from(vec![b'k'; bytes]);
         let change = Change { key, revision: Revision(revision), after: None, before: None };
@@ -535,13 +485,8 @@ mod tests {
     fn no_more_is_pending_than_the_queue_may_hold_and_what_is_larger_passes_alone() {
         let directory = tempfile::tempdir().unwrap();
         let (database, start) = Database::open(directory.path()).unwrap();
-        let bounds = Bounds {
-            queue_bytes_max: 4 << 10,
-            batch_bytes_max: 1 << 10,
-            gather: Duration::ZERO,
-            flush_bytes: 16 << 10,
-            clean_bytes: 64,
-        };
+        let bounds =
+            Bounds { queue_bytes_max: 4 << 10, batch_bytes_max: 1 << 10, flush_bytes: 16 << 10, clean_bytes: 64 };
         let write_behind = WriteBehind::start(Arc::new(database), &start, bounds).unwrap();
         for revision in 1..=500 {
             let bytes = if revision % 50 == 0 { 10 << 10 } else { 500 };
@@ -579,31 +524,6 @@ mod tests {
         assert_eq!(Encoder::default().encode(&batch).len(), 3);
         let encoded: Vec<_> = values.iter().map(|value| value.0.load(Ordering::Relaxed)).collect();
         assert_eq!(encoded, [0, 0, 1]);
-    }
-
-    #[test]
-    fn what_nobody_waits_for_gathers_and_who_waits_gets_it_at_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let (database, start) = Database::open(directory.path()).unwrap();
-        let bounds = Bounds { batch_bytes_max: 8 << 10, gather: Duration::from_secs(3600), ..Bounds::default() };
-        let write_behind = WriteBehind::start(Arc::new(database), &start, bounds).unwrap();
-        let submit = |bytes, revision| write_behind.submit(delete(bytes, revision)).unwrap();
-        (1..=3).for_each(|revision| submit(10, revision));
-        assert_eq!(write_behind.written(), Revision(0));
-        // A reader.
-        assert_eq!(write_behind.wait_written(Revision(2), GENEROUS).unwrap(), Revision(3));
-        // One that gave up is not waited for any more.
-        assert_eq!(write_behind.wait_written(Revision(4), Duration::from_millis(1)).unwrap(), Revision(3));
-        submit(10, 4);
-        assert_eq!(write_behind.written(), Revision(3));
-        // A flush.
-        write_behind.flush().unwrap();
-        assert_eq!(write_behind.shared.progress.lock().durable.revision, Revision(4));
-        // A full batch.
-        submit(10 << 10, 5);
-        let shared = &write_behind.shared;
-        let behind = |progress: &mut Progress| progress.written.revision < Revision(5);
-        assert!(!shared.progressed.wait_while_for(&mut shared.progress.lock(), behind, GENEROUS).timed_out());
     }
 
     #[test]
