@@ -255,6 +255,11 @@ impl Observer {
     }
 }
 
+/// The sum of nothing has a sign of its own.
+fn whole(number: f64) -> String {
+    number.abs().to_string()
+}
+
 /// Where windows overlap, each has what happened in it.
 fn losses(losses: &[Loss], leader: u32, follower: u32, windows: &[Window]) -> Table {
     let mut table = Table::new();
@@ -269,15 +274,15 @@ fn losses(losses: &[Loss], leader: u32, follower: u32, windows: &[Window]) -> Ta
         let found: Vec<&Loss> = losses.iter().filter(within).collect();
         let changes = |is_meant: &dyn Fn(u32) -> bool| {
             let changes: f64 = found.iter().filter(|loss| is_meant(loss.node)).map(|loss| loss.changes).sum();
-            changes.to_string()
+            whole(changes)
         };
-        let terms = |node: u32| found.iter().filter(|loss| loss.node == node).map(|loss| loss.terms).sum::<f64>();
+        let terms = found.iter().filter(|loss| loss.node == leader).map(|loss| loss.terms).sum();
         table.add_row([
             name.to_owned(),
             changes(&|node| node == leader),
             changes(&|node| node == follower),
             changes(&|node| node != leader && node != follower),
-            terms(leader).to_string(),
+            whole(terms),
         ]);
     }
     table
