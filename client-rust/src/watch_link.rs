@@ -307,7 +307,7 @@ impl Mailbox {
         let update = match (kind, &mut mail.assembler) {
             (Kind::Created(created), None) => {
                 mail.assembler = Some(Assembler::starting_at(Revision(created.from_revision)));
-                mail.created = Some(created.clone());
+                mail.created = Some(*created);
                 self.news.notify_one();
                 return Ok(());
             }
