@@ -31,7 +31,8 @@ struct Validator<'a> {
 
 impl<'a> Validator<'a> {
     fn new(store: &'a FakeStore, range: &KeyRange, cursor: u64, context: impl Into<String>) -> Self {
-        let create = v1::WatchCreate { range: Some(range.clone().into()), ..v1::WatchCreate::default() };
+        let range = Some(range.clone().into());
+        let create = v1::WatchCreate { range, shared: true, ..v1::WatchCreate::default() };
         Self { store, create, cursor, context: context.into() }
     }
 
