@@ -1,3 +1,5 @@
+use bytes::Bytes;
+
 use super::*;
 use crate::kv::IntoBytes;
 
@@ -8,6 +10,14 @@ fn event(revision: u64, key: &str) -> v1::WatchEvent {
 
 fn events(revisions: &[u64], incomplete: bool) -> v1::WatchEvents {
     v1::WatchEvents { events: revisions.iter().map(|revision| event(*revision, "k")).collect(), incomplete }
+}
+
+fn assemble(
+    assembler: &mut Assembler,
+    revisions: &[u64],
+    incomplete: bool,
+) -> Result<Option<WatchUpdate>, &'static str> {
+    assembler.events(&events(revisions, incomplete), &Namespace::default())
 }
 
 fn revisions(update: Option<WatchUpdate>) -> Option<(u64, Vec<u64>)> {
@@ -32,7 +42,7 @@ fn revisions_leave_only_when_they_are_whole_however_they_are_cut() {
         while sent < whole.len() {
             let next = rng.usize(sent + 1..=whole.len());
             let incomplete = whole.get(next) == whole.get(next - 1);
-            let update = assembler.events(&events(&whole[sent..next], incomplete), &Namespace::default()).unwrap();
+            let update = assemble(&mut assembler, &whole[sent..next], incomplete).unwrap();
             sent = next;
             if let Some((revision, events)) = revisions(update) {
                 assert_eq!(events.last(), Some(&revision), "seed {seed}");
@@ -48,29 +58,20 @@ fn revisions_leave_only_when_they_are_whole_however_they_are_cut() {
 #[test]
 fn what_was_delivered_does_not_come_again() {
     let mut assembler = Assembler::starting_at(Revision(5));
-    assert_eq!(
-        revisions(assembler.events(&events(&[3, 4, 5], false), &Namespace::default()).unwrap()),
-        Some((5, vec![5]))
-    );
-    assert_eq!(
-        revisions(assembler.events(&events(&[5, 5, 6], false), &Namespace::default()).unwrap()),
-        Some((6, vec![6]))
-    );
-    assert_eq!(revisions(assembler.events(&events(&[5, 6], false), &Namespace::default()).unwrap()), None);
+    assert_eq!(revisions(assemble(&mut assembler, &[3, 4, 5], false).unwrap()), Some((5, vec![5])));
+    assert_eq!(revisions(assemble(&mut assembler, &[5, 5, 6], false).unwrap()), Some((6, vec![6])));
+    assert_eq!(revisions(assemble(&mut assembler, &[5, 6], false).unwrap()), None);
     assert_eq!(revisions(assembler.bookmark(Revision(6)).unwrap()), None);
     assert_eq!(revisions(assembler.bookmark(Revision(8)).unwrap()), Some((8, vec![])));
-    assert_eq!(
-        revisions(assembler.events(&events(&[8, 9], false), &Namespace::default()).unwrap()),
-        Some((9, vec![9]))
-    );
+    assert_eq!(revisions(assemble(&mut assembler, &[8, 9], false).unwrap()), Some((9, vec![9])));
 }
 
 #[test]
 fn an_answer_that_breaks_the_order_is_not_taken() {
     let mut assembler = Assembler::starting_at(Revision(1));
-    assert!(assembler.events(&events(&[4, 3], false), &Namespace::default()).is_err());
+    assert!(assemble(&mut assembler, &[4, 3], false).is_err());
     let mut assembler = Assembler::starting_at(Revision(1));
-    assert!(assembler.events(&events(&[4], true), &Namespace::default()).unwrap().is_none());
+    assert!(assemble(&mut assembler, &[4], true).unwrap().is_none());
     assert!(assembler.bookmark(Revision(9)).is_err(), "half of revision 4 would be lost");
     let mut assembler = Assembler::starting_at(Revision(1));
     let unreadable = v1::WatchEvent { kind: 7, ..event(2, "k") };
@@ -168,4 +169,38 @@ async fn a_link_ends_with_its_last_watch_and_its_requests_with_it() {
     drop(only);
     assert_eq!(link.state.lock().phase, Phase::Ended);
     assert_eq!(link.next_request().await, None);
+}
+
+/// An answer that names several watches is for each of them as if it were alone: by its own namespace, and whatever
+/// becomes of the others.
+#[test]
+fn an_answer_for_several_watches_reaches_each() {
+    let link = Arc::new(Link::default());
+    let add = |space: &Namespace| link.state.lock().add(&link, v1::WatchCreate::default(), space);
+    let whole = Namespace::default();
+    let (first, second, gone, full) = (add(&whole), add(&whole.nested(&"ns/".into_bytes())), add(&whole), add(&whole));
+    let answer = |watch_id, also, kind| link.deliver(v1::WatchResponse { watch_id, also, kind: Some(kind) });
+    for watch in [&first, &second, &gone, &full] {
+        answer(watch.id, Vec::new(), created(1));
+    }
+    for revision in 1..=3 {
+        answer(full.id, Vec::new(), big(revision));
+    }
+    let gone_id = gone.id;
+    drop(gone);
+    let value = Bytes::from(vec![0; MAILBOX_BYTES_MAX / 4]);
+    let kv = v1::KeyValue { key: "ns/k".into_bytes(), value, mod_revision: 9, ..v1::KeyValue::default() };
+    let event = v1::WatchEvent { kind: v1::watch_event::Kind::Put.into(), kv: Some(kv), previous: None };
+    let events = Kind::Events(v1::WatchEvents { events: vec![event], incomplete: false });
+    answer(gone_id, vec![full.id, second.id, first.id], events);
+
+    let key_of = |watch: &Subscription| {
+        assert!(matches!(watch.mailbox.take(), Some(Delivery::Created(_))));
+        let Some(Delivery::Update(update)) = watch.mailbox.take() else { panic!("nothing came") };
+        assert!(watch.mailbox.take().is_none(), "it came twice");
+        update.events[0].key().clone()
+    };
+    assert_eq!(key_of(&first), "ns/k");
+    assert_eq!(key_of(&second), "k");
+    assert!(matches!(full.mailbox.mail.lock().ending, Some(Ending::Overrun)));
 }
